@@ -595,7 +595,7 @@ def run(guest: Path, record: Record, runtimes: tuple[str, ...], only: str, base:
                 if left := program.sweep():
                     words = sorted({re.sub(r"[0-9a-f]{12,}|\d{3,}", "N", one) for one in left})
                     record.add(LEFT, runtime, f"{name}: {'; '.join(words)}")
-                elif (LEFT, runtime) not in record.found:
+                elif not only and (LEFT, runtime) not in record.found:
                     record.add(LEFT, runtime, "nothing")
                 right = "works" if works(name, seen) else "differs"
                 print(f"{name}, {runtime}: {right} ({time.monotonic() - started:.1f} s)", flush=True)
@@ -630,36 +630,74 @@ def wrong(found: Mapping[tuple[str, str], str]) -> list[str]:
     ]
 
 
-def table(versions: Mapping[str, Mapping[tuple[str, str], str]]) -> list[str]:
-    """The lines of the page: the operations, and what differs.
+class Table:
+    """The lines of the page: the operations in columns, and what differs.
 
     Args:
-        versions: podman's version -> what was seen with it.
+        lines: Those of the page so far: what is not found out anew is kept.
     """
-    columns = [
-        (version, runtime)
-        for version, found in versions.items()
-        for runtime in RUNTIMES
-        if any(key[1] == runtime for key in found)
-    ]
-    titles = [f"podman {version}, {runtime}" for version, runtime in columns]
-    lines = [f"| | {' | '.join(titles)} |", "|" + "---|" * (len(columns) + 1)]
-    differing: dict[tuple[str, str, str], list[str]] = {}
-    for name in EXPECTED:
-        words = []
-        for version, runtime in columns:
-            seen = versions[version].get((name, runtime))
-            words.append("" if seen is None else "works" if works(name, seen) else "differs")
-            if seen is not None and words[-1] == "differs":
-                reason = why(name, seen) or "not known"
-                differing.setdefault((name, _short(seen), reason), []).append(f"{runtime} ({version})")
-        if any(words):
-            lines.append(f"| {name} | {' | '.join(words)} |")
-    if differing:
-        lines += ["", "| what differs | with | seen | why |", "|---|---|---|---|"]
-    for (name, seen, reason), where in differing.items():
-        lines.append(f"| {name} | {', '.join(where)} | {seen} | {reason} |")
-    return lines
+
+    def __init__(self, lines: list[str] | None = None) -> None:
+        self._cells: dict[tuple[str, str], dict[str, str]] = {}
+        """Version and runtime -> operation -> a word."""
+        self._differing: dict[tuple[str, str, str], list[str]] = {}
+        """Operation, what was seen, and why -> runtimes with their versions."""
+        rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines or ()]
+        columns: list[tuple[str, str]] = []
+        for row, line in zip(rows, lines or (), strict=True):
+            if line.startswith("| | "):
+                titles = line.removeprefix("| | ").rstrip("| ").split(" | ")
+                columns = [_column(title) for title in titles]
+            elif line.startswith("| what differs"):
+                columns = []
+            elif line.startswith("| ") and columns:
+                words = line.removesuffix("|").split("|")[2:]
+                for column, word in zip(columns, words, strict=True):
+                    self._cells.setdefault(column, {})[row[0]] = word.strip()
+            elif line.startswith("| "):
+                name, where, seen, reason = row
+                self._differing[name, seen, reason] = where.split(", ")
+
+    def add(self, version: str, found: Mapping[tuple[str, str], str]) -> None:
+        """Take down what was seen with a version."""
+        for (name, runtime), seen in found.items():
+            right = works(name, seen)
+            self._cells.setdefault((version, runtime), {})[name] = "works" if right else "differs"
+            what = f"{runtime} ({version})"
+            for key, where in list(self._differing.items()):
+                if key[0] == name and what in where:
+                    where.remove(what)
+                    if not where:
+                        del self._differing[key]
+            if not right:
+                key = (name, _short(seen), why(name, seen) or "not known")
+                self._differing.setdefault(key, []).append(what)
+
+    def lines(self) -> list[str]:
+        """All of it, as the page has it."""
+        columns = sorted(
+            self._cells,
+            key=lambda one: ([int(number) for number in one[0].split(".")], RUNTIMES.index(one[1])),
+        )
+        titles = [f"podman {version}, {runtime}" for version, runtime in columns]
+        lines = [f"| | {' | '.join(titles)} |", "|" + "---|" * (len(columns) + 1)]
+        for name in EXPECTED:
+            words = [self._cells[column].get(name, "") for column in columns]
+            if any(words):
+                lines.append(f"| {name} | {' | '.join(words)} |")
+        if self._differing:
+            lines += ["", "| what differs | with | seen | why |", "|---|---|---|---|"]
+        order = list(EXPECTED)
+        for name, seen, reason in sorted(self._differing, key=lambda key: order.index(key[0])):
+            where = self._differing[name, seen, reason]
+            lines.append(f"| {name} | {', '.join(where)} | {seen} | {reason} |")
+        return lines
+
+
+def _column(title: str) -> tuple[str, str]:
+    """``podman 4.3, kata`` -> version and runtime."""
+    version, _, runtime = title.removeprefix("podman ").partition(", ")
+    return version, runtime
 
 
 def _short(text: str) -> str:
@@ -671,16 +709,23 @@ def _short(text: str) -> str:
 
 
 def write(page: Path, versions: Mapping[str, Mapping[tuple[str, str], str]]) -> None:
-    """Put the table into a page, between its marks.
+    """Put the table into a page, between its marks; what it has of other operations and versions stays.
+
+    Args:
+        page: The page.
+        versions: podman's version -> what was seen with it.
 
     Raises:
         ValueError: The page has no such marks.
     """
     before, begin, rest = page.read_text().partition(BEGIN + "\n")
-    _, end, after = rest.partition(END)
+    there, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"{page} has no place for the table")
-    page.write_text(before + begin + "\n".join(table(versions)) + "\n" + end + after)
+    table = Table(there.splitlines())
+    for name, found in versions.items():
+        table.add(name, found)
+    page.write_text(before + begin + "\n".join(table.lines()) + "\n" + end + after)
 
 
 def version(base: Path | None = None) -> str:

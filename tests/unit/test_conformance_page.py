@@ -133,6 +133,20 @@ def test_podmans_table_says_what_differs_and_why(tmp_path: Path, monkeypatch: py
     ):
         assert line in text.splitlines()
     assert "old" not in text
+    # What is not tried anew stays, with its reason.
+    podman.write(page, {"4.3": {("kill", "kata"): "137"}, "5.4": {("pod", "kata"): "failed"}})
+    lines = page.read_text().splitlines()
+    assert (
+        "| | podman 4.3, runc | podman 4.3, crun | podman 4.3, kata | podman 5.4, kata | podman 5.8, kata |"
+        in lines
+    )
+    assert "| kill | works | works | works |  | works |" in lines
+    assert "| pod | differs |  |  | differs |  |" in lines
+    assert [line for line in lines if "`" in line] == [
+        "| top | kata (4.3) | `qemu / x` | a machine |",
+        "| pod | runc (4.3) | `failed: DIR/x` | not known |",
+        "| pod | kata (5.4) | `failed` | not known |",
+    ]
     record.forget("kill", ("kata",))
     assert podman.wrong(podman.Record(tmp_path / "record").found) == []
     with pytest.raises(ValueError, match="no place"):
