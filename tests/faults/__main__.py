@@ -1,4 +1,4 @@
-"""``tools/faults``: kill engine, hypervisor, shim and containerd at named points and at random moments."""
+"""``tools/faults``: kill engine, hypervisor, shim, conmon and containerd at named points and at random moments."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests/vm"), str(ROOT / "tests")]
 
 from containerd_support import SECOND, USE_SECOND  # noqa: E402
 
-from faults import report, rounds, stops  # noqa: E402
+from faults import oci_points, report, rounds, stops  # noqa: E402
+from faults.daemon import Daemon  # noqa: E402
+from faults.podman import PodmanTarget  # noqa: E402
+from faults.target import Target  # noqa: E402
 from kata.guest import manifest  # noqa: E402
 from kata.hypervisor import accel, virtiofsd  # noqa: E402
 
@@ -56,6 +59,14 @@ def main() -> int:
         " KATA_TEST_CONTAINERD says, else 1)",
     )
     parser.add_argument(
+        "--podman",
+        action="store_true",
+        help="with podman and `kata-runtime` instead of containerd's clients",
+    )
+    parser.add_argument(
+        "--base", type=Path, metavar="DIRECTORY", help="podman's packages (tools/debian-podman unpacks them)"
+    )
+    parser.add_argument(
         "--hypervisor",
         choices=sorted(stops.MONITORS),
         default=stops.hypervisor(),
@@ -66,7 +77,7 @@ def main() -> int:
         "--report",
         type=Path,
         metavar="FILE",
-        help="write the results into a page (docs/faults.md); what it has of other containerds stays",
+        help="write the results into a page (docs/faults.md); what it has of other clients stays",
     )
     parser.add_argument(
         "--state",
@@ -82,16 +93,19 @@ def main() -> int:
         return 0
     if os.geteuid() != 0:
         parser.error("virtual machines need root")
-    names = {"all": list(stops.BY_NAME), "none": []}.get(options.points) or [
+    every = (
+        oci_points.names()
+        if options.podman
+        else [one.name for one in stops.POINTS if one.where != "runtime"]
+    )
+    names = {"all": every, "none": []}.get(options.points) or [
         name for name in options.points.split(",") if name and name != "none"
     ]
-    if unknown := sorted({*names} - {*stops.BY_NAME}) or sorted(
-        {*options.victims.split(",")} - {*rounds.VICTIMS}
-    ):
+    if unknown := sorted({*names} - {*every}) or sorted({*options.victims.split(",")} - {*rounds.VICTIMS}):
         parser.error(
             f"there is no {unknown[0]!r}; --list shows the points, victims are {', '.join(rounds.VICTIMS)}"
         )
-    if options.containerd == "2" and not (SECOND / "containerd").exists():
+    if options.containerd == "2" and not options.podman and not (SECOND / "containerd").exists():
         parser.error("there is no containerd 2: `tools/setup test` builds it")
     os.environ[stops.HYPERVISOR_VARIABLE] = options.hypervisor
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left then either
@@ -108,36 +122,27 @@ def carry_out(options: argparse.Namespace, names: list[str]) -> int:
     """Carry out what the options ask for; the exit status."""
     seed = options.seed if options.seed is not None else int.from_bytes(os.urandom(4), "big")
     guest = Path(os.environ.get("KATA_GUEST_DIR") or ROOT / "build/guest")
-    runner = rounds.Runner(guest, ROOT / "build/images/busybox", second=options.containerd == "2")
+
+    def make(directory: Path, wrong_answers: bool, templates: bool) -> Target:
+        if options.podman:
+            return PodmanTarget(directory, guest, base=options.base)
+        return Daemon(
+            directory,
+            guest,
+            second=options.containerd == "2",
+            wrong_answers=wrong_answers,
+            templates=templates,
+        )
+
+    runner = rounds.Runner(make, ROOT / "build/images/busybox")
     began = time.monotonic()
     try:
         runner.open()
-        plain = options.hypervisor == "qemu"
-        state = (
-            options.state / f"containerd-{runner.containerd}{'' if plain else f'-{options.hypervisor}'}.json"
-        )
-        what = runner.containerd if plain else f"{runner.containerd} with {options.hypervisor}"
-        record = rounds.Record(state, what, seed, resume=options.resume)
-        print(f"containerd {record.containerd}, seed {record.seed}", flush=True)
-        there_are = [
-            "engine",
-            "hypervisor",
-            "containerd",
-            *(["virtiofsd"] if has_file_server(guest) else []),
-        ]
-        numbers = range(options.first, options.first + options.rounds)
-        wrongly = (
-            stops.WRONGLY if options.hypervisor in stops.PARTS else ()
-        )  # QEMU's QMP is tested by itself
-        victims = {*options.victims.split(",")} & {*there_are, rounds.HANG, *wrongly, "shim", "maker"}
-        if "virtiofsd" not in there_are:
-            names = [name for name in names if name != "create.files"]  # nobody gets there
-        if options.hypervisor in stops.SHARES_NOTHING:
-            names = [name for name in names if name != "create.root"]  # a disk is not mounted here
-        if options.hypervisor != "qemu":
-            names = [name for name in names if stops.BY_NAME[name].phase not in ("template", "clone")]
-        wanted = [one for one in rounds.point_rounds(names) if one.victim in victims]
-        wanted += rounds.random_rounds(record.seed, numbers, there_are, pods=runner.has_pods)
+        title = runner.title if options.hypervisor == "qemu" else f"{runner.title} with {options.hypervisor}"
+        state = options.state / f"{title.replace(' with ', '-').replace(' ', '-')}.json"
+        record = rounds.Record(state, title, seed, resume=options.resume)
+        print(f"{record.title}, seed {record.seed}", flush=True)
+        wanted = chosen(options, names, record.seed, runner.kinds, guest)
         print(f"{len(wanted)} rounds; undisturbed one takes {runner.takes}", flush=True)
         failed = rounds.run(wanted, runner, record, lambda text: print(text, flush=True))
     finally:
@@ -146,13 +151,44 @@ def carry_out(options: argparse.Namespace, names: list[str]) -> int:
         there_was = options.report.read_text() if options.report.exists() else ""
         options.report.write_text(report.page(record, runner.takes, there_was))
     there = [key for key in (one.key for one in wanted) if record.results[key]["ok"] is not None]
-    again = f"tools/faults --hypervisor {options.hypervisor} --containerd {options.containerd} --seed {record.seed}"
+    client = "--podman" if options.podman else f"--containerd {options.containerd}"
+    again = f"tools/faults --hypervisor {options.hypervisor} {client} --seed {record.seed}"
     print(
-        f"containerd {record.containerd}, seed {record.seed}: {len(there)} faults, {len(failed)} failed,"
+        f"{record.title}, seed {record.seed}: {len(there)} faults, {len(failed)} failed,"
         f" {time.monotonic() - began:.0f} s"
         + ("" if not failed else f"; {again} repeats them: {', '.join(failed)}")
     )
     return 1 if failed else 0
+
+
+def chosen(
+    options: argparse.Namespace, names: list[str], seed: int, kinds: tuple[str, ...], guest: Path
+) -> list[rounds.Round]:
+    """The rounds that the options ask for.
+
+    Args:
+        options: The command line's.
+        names: Of the points.
+        seed: Of the random rounds.
+        kinds: Scenarios of these.
+        guest: The guest's directory.
+    """
+    file_server = ["virtiofsd"] if has_file_server(guest) else []
+    own = ["conmon", "standing", "runtime"] if options.podman else ["containerd"]
+    there_are = ["engine", "hypervisor", *own, *file_server]
+    wrongly = stops.WRONGLY if options.hypervisor in stops.PARTS else ()  # QEMU's QMP is tested by itself
+    commands = ("shim", "maker", "exec-conmon")
+    victims = {*options.victims.split(",")} & {*there_are, rounds.HANG, *wrongly, *commands}
+    if not file_server:
+        names = [name for name in names if name != "create.files"]  # nobody gets there
+    if options.hypervisor in stops.SHARES_NOTHING:
+        names = [name for name in names if name != "create.root"]  # a disk is not mounted here
+    if options.hypervisor != "qemu":
+        names = [name for name in names if stops.BY_NAME[name].phase not in ("template", "clone")]
+    at_points = rounds.podman_rounds(names) if options.podman else rounds.point_rounds(names)
+    numbers = range(options.first, options.first + options.rounds)
+    at_random = rounds.random_rounds(seed, numbers, there_are, kinds)
+    return [*(one for one in at_points if one.victim in victims), *at_random]
 
 
 if __name__ == "__main__":

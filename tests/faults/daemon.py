@@ -8,10 +8,8 @@ import os
 import shutil
 import signal
 import subprocess
-import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import thin_pool
 from cni_support import PLUGINS, write_network
@@ -20,7 +18,8 @@ from waiting import PATIENCE
 
 from faults import answers, stops
 from faults.host import Place
-from kata import journal_undo, sysio
+from faults.target import MARK, Failure, Target
+from kata import journal_undo
 from kata.errors import KataError
 from kata.hypervisor import registry
 from kata.journal import Journal, find
@@ -28,16 +27,9 @@ from kata.journal import Journal, find
 HERE = Path(__file__).resolve().parent
 BUSYBOX = "docker.io/local/busybox:latest"
 PAUSE = "docker.io/local/pause:latest"
-MARK = "KATA_FAULTS"
-CLIENT_S = 2 * PATIENCE
-"""A client may wait that long: a Create whose guest says nothing is given up after 120 s."""
 
 
-class Failure(Exception):
-    """Something is not as it has to be after a fault."""
-
-
-class Daemon(Containerd):
+class Daemon(Containerd, Target):
     """A containerd whose shim has stop points.
 
     Args:
@@ -59,7 +51,8 @@ class Daemon(Containerd):
         wrong_answers: bool = False,
         templates: bool = False,
     ) -> None:
-        super().__init__(directory, guest, second=second)
+        Containerd.__init__(self, directory, guest, second=second)
+        Target.__init__(self)
         self.token = f"kf{os.getpid()}"
         self.points = directory / "points"
         self.points.mkdir()
@@ -78,6 +71,7 @@ class Daemon(Containerd):
         configuration.write_text(text)
         # What an engine gets of its caller's environment begins with KATA_.
         self.env = {**self.env, "KATA_CONF_FILE": str(configuration)}
+        self._has_stop_points = stop_points
         if stop_points:
             shim = directory / "bin/containerd-shim-kata-v2"
             shim.unlink()
@@ -86,7 +80,18 @@ class Daemon(Containerd):
         self.around = ["nsenter", f"--net=/run/netns/{self.outer}"]
         self.seen: set[str] = {self.token}
         self.place = Place(
-            directory, f"{MARK}={self.token}", [self.outer, self.inner], lambda: self.seen, self._known
+            directory,
+            f"{MARK}={self.token}",
+            [self.outer, self.inner],
+            lambda: self.seen,
+            self._known,
+            {
+                "address of a pod": ("ipam", 2),
+                "bundle": ("state/io.containerd.runtime.v2.task", 2),
+                "task's directory": ("root/io.containerd.runtime.v2.task", 2),
+                "pod's directory": ("state/io.containerd.grpc.v1.cri/sandboxes", 1),
+                "pod's network namespace": ("state/io.containerd.grpc.v1.cri/netns", 1),
+            },
         )
         self._stack = contextlib.ExitStack()
         # One that is asked for disks while its machine runs gets root file systems on disks.
@@ -95,7 +100,7 @@ class Daemon(Containerd):
         self.has_pods = (
             shutil.which("crictl") is not None and (PLUGINS / "bridge").exists() and not self._needs_disks
         )
-        self._clients: set[int] = set()
+        self.kinds = ("ctr", "crictl") if self.has_pods else ("ctr",)
         self._events: subprocess.Popen[bytes] | None = None
         self._write_configuration()
 
@@ -153,6 +158,8 @@ runtime_type = "io.containerd.runc.v2"
             self.import_image(layout, BUSYBOX, "k8s.io")
             pause = with_command(layout, self.directory / "pause", "/bin/busybox", "sleep", "2147483647")
             self.import_image(pause, PAUSE, "k8s.io")
+        if self._has_stop_points:
+            self.listen()
 
     def down(self) -> None:
         """Take all of it back, sandboxes that still live included."""
@@ -185,11 +192,11 @@ runtime_type = "io.containerd.runc.v2"
                 time.sleep(0.1)
 
     @property
-    def version(self) -> str:
-        """What the daemon calls itself, as in ``1.6.20``."""
+    def title(self) -> str:
+        """What the daemon calls itself, as in ``containerd 1.6.20``."""
         assert self.program is not None
         said = subprocess.run([self.program, "--version"], capture_output=True, text=True, check=True).stdout
-        return said.split()[2].partition("~")[0].removeprefix("v")
+        return f"containerd {said.split()[2].partition('~')[0].removeprefix('v')}"
 
     @property
     def pid(self) -> int:
@@ -197,42 +204,34 @@ runtime_type = "io.containerd.runc.v2"
         assert self._daemon is not None
         return self._daemon.pid
 
-    def killed(self) -> None:
+    def was_killed(self, victim: str) -> None:
         """Reap a daemon that was killed."""
-        assert self._daemon is not None
-        self._daemon.wait(30)
-        self._daemon = None
+        if victim == "containerd":
+            assert self._daemon is not None
+            self._daemon.wait(30)
+            self._daemon = None
+
+    def recover(self, victim: str, point: stops.Point | None) -> None:
+        """Start a daemon that was killed; anew where the shim that clears up was.
+
+        It has the clearing up done once; if that fails, again when it is started the next time.
+        """
+        if victim == "containerd" or (victim == "shim" and point is not None and point.phase == "clear"):
+            self.stop_listening()
+            self.stop()
+            self.start()
+            self.listen()
+
+    def forget(self) -> None:
+        """Remove the containers, whose tasks have ended."""
+        for name in self.in_ctr("container", "ls", "-q").stdout.split():
+            self.in_ctr("container", "rm", name)
 
     def _known(self) -> set[int]:
         pids = {self.pid} if self._daemon is not None else set()
         return pids | self._clients
 
     # ---- clients ----
-
-    def client(self, *argv: str, patience_s: float = CLIENT_S) -> subprocess.CompletedProcess[str]:
-        """Run a client of the daemon to its end.
-
-        Raises:
-            Failure: It hangs.
-        """
-        process = subprocess.Popen(
-            argv,
-            env=self.env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self._clients.add(process.pid)
-        try:
-            out, error = process.communicate(timeout=patience_s)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
-            raise Failure(f"`{' '.join(argv)}` hangs") from None
-        finally:
-            self._clients.discard(process.pid)
-        return subprocess.CompletedProcess(argv, process.returncode, out, error)
 
     def in_ctr(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run ctr in the namespace of these runs.
@@ -345,83 +344,9 @@ runtime_type = "io.containerd.runc.v2"
         """Pid of a sandbox's process, or of ``containerd``; 0 if it is not there (yet)."""
         if victim == "containerd":
             return self.pid
-        try:
-            lines = self.journal(sandbox)
-        except (OSError, ValueError):
-            return 0
-        if victim == "engine":
-            # Until the engine is forked, the owner is the command that forks it.
-            known = [line["owner"] for line in lines if "owner" in line][1:]
-        else:
-            role = stops.hypervisor() if victim in ("hypervisor", "hang") else victim
-            numbers = {line["n"] for line in lines if line.get("p", {}).get("role") == role}
-            known = [line["made"] for line in lines if "made" in line and line["n"] in numbers]
-        one = known[-1] if known else None
-        return int(one["pid"]) if one and sysio.process_alive(one["pid"], one["start"], one["boot"]) else 0
-
-    def newest_sandbox(self, known: set[str]) -> str:
-        """The sandbox that is not in *known*; empty if there is none."""
-        return next((name for name in self.sandboxes() if name not in known and name[0] != "."), "")
+        return super().find(victim, sandbox)
 
     def order(self, part: str = "", kind: str = "") -> None:
         """Have requests for a part of the hypervisor's API answered wrongly from now on; without arguments none."""
         # In one write, into the file that is open there.
         self.orders.write_text(f"{part} {kind}\n" if kind else "\n")
-
-    def arm(self, point: str) -> Armed:
-        """Have the next process that reaches a point stop there."""
-        return Armed(self.points / point)
-
-
-class Armed:
-    """A point that is armed until `release`."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        os.mkfifo(path, 0o600)
-        self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-
-    def reached(self) -> int:
-        """Pid of who waits at the point; 0 if nobody does."""
-        try:
-            text = os.read(self._fd, 64)
-        except BlockingIOError:
-            return 0
-        return int(text.split()[0]) if text else 0
-
-    def release(self) -> None:
-        """Let it go on."""
-        if self._fd >= 0:
-            self._path.unlink(missing_ok=True)
-            os.close(self._fd)
-            self._fd = -1
-
-
-class Script(threading.Thread):
-    """A client that does one thing after the other, and remembers how each ended.
-
-    Args:
-        steps: Names, and functions that give an exit status and what was said.
-    """
-
-    def __init__(self, steps: list[tuple[str, Any]]) -> None:
-        super().__init__()
-        self._steps = steps
-        self.at = ""
-        self.ended: list[tuple[str, int, str]] = []
-        self.hangs = ""
-        self.cancelled = False
-
-    def run(self) -> None:
-        for name, step in self._steps:
-            if self.cancelled:
-                return
-            self.at = name
-            try:
-                done: subprocess.CompletedProcess[str] = step()
-            except Failure as failure:
-                self.hangs = str(failure)
-                return
-            self.ended.append((name, done.returncode, (done.stderr or "").strip()))
-            if done.returncode:
-                return

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 Snapshot = dict[str, list[str]]
@@ -18,12 +18,18 @@ Snapshot = dict[str, list[str]]
 class Place:
     """What to look at.
 
+    Attributes:
+        net_inodes: Network namespaces of sandboxes so far, by their inodes.
+
     Args:
         directory: Everything of the daemon's own is below it.
         mark: Is in the environment of the processes that it starts.
         networks: Names of network namespaces (``/run/netns``).
         names: Gives the ids of all sandboxes so far.
         daemons: Gives the pids that are no leftovers: the daemon and its clients.
+        more: Further sorts, each with a directory below that one, and how deep it is looked at.
+        run: Name of the run directory there.
+        more_lines: Further sorts, each with what gives its lines.
     """
 
     def __init__(
@@ -33,12 +39,19 @@ class Place:
         networks: list[str],
         names: Callable[[], set[str]],
         daemons: Callable[[], set[int]],
+        more: Mapping[str, tuple[str, int]],
+        run: str = "r",
+        more_lines: Mapping[str, Callable[[], Iterable[str]]] | None = None,
     ) -> None:
         self.directory = directory
         self.mark = mark
         self.networks = networks
         self.names = names
         self.daemons = daemons
+        self.net_inodes: set[int] = set()
+        self._more = more
+        self._run = run
+        self._more_lines = more_lines or {}
 
     def _is_image(self, name: str) -> bool:
         """Whether a file of the state directory is part of a whole image of a snapshot's layers: these are kept."""
@@ -56,16 +69,14 @@ class Place:
             "network namespace": self._namespaces(),
             "link": self._in_networks("-d", "address"),
             "qdisc and filter": self._traffic_control(),
-            "address of a pod": self._files("ipam", depth=2),
             # The files of boot slots are made as they are needed, and stay.
-            "run directory": (n for n in self._files("r", depth=9) if not n.startswith("boots/")),
+            "run directory": (n for n in self._files(self._run, depth=9) if not n.startswith("boots/")),
             "state directory": (name for name in self._files("s", depth=9) if not self._is_image(name)),
             "half made template": (name for name in self._files("templates", depth=2) if name[0] == "."),
-            "bundle": self._files("state/io.containerd.runtime.v2.task", depth=2),
-            "task's directory": self._files("root/io.containerd.runtime.v2.task", depth=2),
-            "pod's directory": self._files("state/io.containerd.grpc.v1.cri/sandboxes", depth=1),
             "shared memory": (name for name in os.listdir("/dev/shm") if self._is_named(name)),
             "temporary file": (name for name in os.listdir("/tmp") if self._is_named(name)),
+            **{sort: self._files(below, depth) for sort, (below, depth) in self._more.items()},
+            **{sort: iter(lines()) for sort, lines in self._more_lines.items()},
         }
         return {sort: sorted(lines) for sort, lines in sorts.items()}
 
@@ -80,9 +91,18 @@ class Place:
                 continue
             command = _read(f"/proc/{pid}/cmdline").replace("\0", " ").strip()
             environment = _read(f"/proc/{pid}/environ")
-            named = directory in command or self._is_named(command)
+            named = directory in command or self._is_named(command) or self._is_in_network(pid)
             if command and (named or self.mark in environment.split("\0")):
                 yield command
+
+    def _is_in_network(self, pid: int) -> bool:
+        """Whether a process is in a sandbox's network namespace: its words and environment need not say whose it is."""
+        if not self.net_inodes:
+            return False
+        try:
+            return os.stat(f"/proc/{pid}/ns/net").st_ino in self.net_inodes
+        except OSError:
+            return False
 
     def _mounts(self) -> Iterator[str]:
         for line in _read("/proc/self/mountinfo").splitlines():
@@ -101,10 +121,9 @@ class Place:
                 yield f"{path.parts[3]} of {backing}"
 
     def _namespaces(self) -> Iterator[str]:
-        for directory in ("/run/netns", f"{self.directory}/state/io.containerd.grpc.v1.cri/netns"):
-            for name in _names(directory):
-                if directory != "/run/netns" or name in self.networks or self._is_named(name):
-                    yield f"{directory}/{name}"
+        for name in _names("/run/netns"):
+            if name in self.networks or self._is_named(name):
+                yield name
 
     def _in_networks(self, *command: str) -> Iterator[str]:
         """What iproute2 lists in the namespaces, without indices and hardware addresses: a bridge's changes."""

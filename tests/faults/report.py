@@ -17,19 +17,25 @@ if TYPE_CHECKING:
 HEAD = """\
 # Faults
 
-Written by `make faults`, which replaces what is said of the containerd that it was run with; do not edit. Processes
-are killed (SIGKILL) at named points of a container's life and at random moments, with real virtual machines,
-containerd, ctr and crictl. After every single fault this has to hold, or the round fails:
+Written by `make faults`, which replaces what is said of the client that it was run with; do not edit. Processes are
+killed (SIGKILL) at named points of a container's life and at random moments, with real virtual machines: by ctr and
+crictl with containerd, by podman with `kata-runtime`. After every single fault this has to hold, or the round fails:
 
 * containerd's view is right: without engine or hypervisor the task is stopped or absent, with its exit event if a start
   had been told; with both alive, after containerd was killed and started again, the task answers an exec;
 * the same container is made and started again at once;
-* `ctr task rm`, `ctr container rm`, `crictl rmp -f` succeed;
+* `ctr task rm`, `ctr container rm`, `crictl rmp -f`, `podman rm -f`, `podman system prune` and `kata-runtime delete
+  --force` succeed;
+* podman's view: without engine, hypervisor or the process that stands for the container it has exited with 137, and
+  there is an event for it, if it had been told of a start; a container that runs answers an exec;
 * the host is as before the first round: processes, mounts, links and addresses, tc, network namespaces, cgroups, run
   and state directories, bundles, addresses of pods, loop devices.
 
 The victims are the engine, the hypervisor, the file server of the share (virtiofsd), containerd itself, and the shim's
 command where one runs. A network helper there is only with `kata run`: in containerd's networks tc carries the packets.
+With podman they are, besides the first three, `kata-runtime` itself (`runtime`), the process whose number podman has
+for the container (`standing`), and conmon, also that of an exec. An undisturbed container of podman's is `podman run
+-d`, `exec`, `kill`, `rm`; `run.*` are points of `kata-runtime run`.
 
 A hypervisor is also stopped instead of killed (`hang`): it answers nothing any more, nor does its guest. What waits for
 them ends by its time limit, with an error; the task is removed as if it were alive.
@@ -49,31 +55,33 @@ Points lie outside the product (`tests/faults/stops.py`): a program that takes t
 its steps. Who reaches an armed point stands still there, so the victim is hit exactly then. The tables of points say
 what the task was said to be afterwards. `-`: there is no such process at that point.
 """
-SECTION = "## containerd "
+SECTION = "## "
 
 
 def page(record: Record, takes: dict[str, float], before: str) -> str:
     """The page, in Markdown.
 
     Args:
-        record: The results with one containerd.
-        takes: Seconds of an undisturbed life, by client.
-        before: The page so far: what it says of other containerds is kept.
+        record: The results with one client.
+        takes: Seconds of an undisturbed life, by scenario.
+        before: The page so far: what it says of other clients is kept.
     """
     took = " and ".join(f"{seconds:.1f} s with {name}" for name, seconds in takes.items())
     lines = [
-        f"{SECTION}{record.containerd}\n",
+        f"{SECTION}{record.title}\n",
         f"Run of {record.began} (UTC), seed {record.seed}. An undisturbed life took {took}.\n",
         *_points(record.results),
         *_random(record),
     ]
-    sections = {**_sections(before), record.containerd: "\n".join(lines).rstrip("\n") + "\n"}
-    ordered = sorted(sections, key=lambda version: [int(number) for number in re.findall(r"\d+", version)])
-    return "\n".join([HEAD, *(sections[version] for version in ordered)])
+    sections = {**_sections(before), record.title: "\n".join(lines).rstrip("\n") + "\n"}
+    ordered = sorted(
+        sections, key=lambda title: (title.split()[0], [int(n) for n in re.findall(r"\d+", title)])
+    )
+    return "\n".join([HEAD, *(sections[title] for title in ordered)])
 
 
 def _sections(text: str) -> dict[str, str]:
-    """What a page says of each containerd: its version -> the section, heading included."""
+    """What a page says of each client: its title -> the section, heading included."""
     found = re.split(rf"^(?={SECTION})", text, flags=re.MULTILINE)[1:]
     return {one.partition("\n")[0].removeprefix(SECTION): one.rstrip("\n") + "\n" for one in found}
 
@@ -114,8 +122,9 @@ def _random(record: Record) -> list[str]:
     counts = Counter((one["scenario"], one["victim"]) for one in chosen.values() if one["ok"] is not None)
     late = sum(one["ok"] is None for one in chosen.values())
     seconds = [one["seconds"] for one in chosen.values()]
-    choice = " --containerd 2" if record.containerd.startswith("2.") else ""
-    _, _, hypervisor = record.containerd.partition(" with ")
+    choice = " --containerd 2" if record.title.startswith("containerd 2.") else ""
+    choice = " --podman" if record.title.startswith("podman") else choice
+    _, _, hypervisor = record.title.partition(" with ")
     choice += f" --hypervisor {hypervisor}" if hypervisor else ""
     lines = [
         "### At random moments\n",

@@ -14,14 +14,19 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from faults import answers, stops
-from faults.daemon import Daemon, Failure, Script
+from faults import answers, scenarios, stops
+from faults import oci_points as oci
 from faults.host import Snapshot, difference
-from faults.scenarios import Clone, Ctr, Disks, Making, Pod, until
+from faults.scenario import Scenario, until
+from faults.target import Failure, Script, Target
 
-HANG = "hang"
-"""A hypervisor that is not killed: it stands still (SIGSTOP), and answers nothing any more."""
-VICTIMS = ("engine", "hypervisor", HANG, *stops.WRONGLY, "virtiofsd", "containerd", "shim", "maker")
+HANG = stops.HANG
+VICTIMS = (
+    *("engine", "hypervisor", HANG, *stops.WRONGLY, "virtiofsd", "containerd", "shim", "maker"),
+    *("runtime", "standing", "conmon", "exec-conmon"),
+)
+"""``shim`` and ``runtime`` are commands, which run when somebody executes them; ``standing`` is the process of the host
+that stands for a container (`kata.oci_runtime.pid_process`)."""
 REACH_S = 90.0
 CLEAN_S = 90.0
 """How long the host may take to be as before. An engine without a container or a client ends after a minute."""
@@ -38,7 +43,7 @@ class Round:
         point: At which stop point; None at a random moment.
         moment: Random rounds: the moment, as a part of what an undisturbed round takes.
         scenario: ``ctr``, ``crictl``; by ctr ``disks`` (with the root file system on disks), ``making`` (a template)
-            or ``clone`` (from one).
+            or ``clone`` (from one); ``podman``, ``run`` (`kata-runtime run`).
     """
 
     def __init__(
@@ -52,7 +57,7 @@ class Round:
 
 
 def point_rounds(names: Iterable[str]) -> list[Round]:
-    """A round for each stop point with each victim that there may be at it."""
+    """A round for each stop point with each victim that there may be at it, with containerd's clients."""
     points = [stops.BY_NAME[name] for name in names]
     return [
         Round(f"{one.name} {victim}", victim, one, scenario=one.scenario)
@@ -61,95 +66,93 @@ def point_rounds(names: Iterable[str]) -> list[Round]:
     ]
 
 
-def random_rounds(seed: int, numbers: Iterable[int], victims: list[str], *, pods: bool) -> list[Round]:
+def podman_rounds(names: Iterable[str]) -> list[Round]:
+    """The same for the OCI command line: by podman, and what `kata-runtime run` alone comes by."""
+    rounds = []
+    for name in names:
+        one = stops.BY_NAME[name]
+        scenario = one.scenario if one.scenario == "run" else "podman"
+        rounds += [Round(f"{name} {victim}", victim, one, scenario=scenario) for victim in oci.victims(one)]
+    return rounds
+
+
+def random_rounds(
+    seed: int, numbers: Iterable[int], victims: list[str], kinds: tuple[str, ...]
+) -> list[Round]:
     """Rounds that depend on seed and number alone (and on what there is on this host), so that one can be repeated
     by itself."""
     rounds = []
     for number in numbers:
         dice = random.Random(f"{seed}:{number}")
         moment, victim = dice.random(), dice.choice(victims)
-        scenario = "crictl" if dice.random() < 0.35 and pods else "ctr"
+        scenario = kinds[dice.random() < 0.35 and len(kinds) > 1]
         rounds.append(Round(f"random {number}", victim, None, moment, scenario))
     return rounds
 
 
 class Runner:
-    """Carries rounds out, in a containerd of its own.
+    """Carries rounds out, with a client and surroundings of its own.
 
     Args:
-        guest: The guest's directory.
+        make: Makes the target, below a directory; the hypervisor answers wrongly to order, machines have templates.
         layout: An OCI layout of busybox.
-        second: Whether that is containerd 2 and not this machine's.
     """
 
-    def __init__(self, guest: Path, layout: Path, *, second: bool) -> None:
-        self._guest = guest
-        self._second = second
+    def __init__(self, make: Callable[[Path, bool, bool], Target], layout: Path) -> None:
+        self._make = make
         self._layout = layout
-        self._daemon: Daemon | None = None
+        self._target: Target | None = None
         self._before: Snapshot = {}
         self._takes: dict[str, float] = {}
         self._answers_wrongly = False
         self._templates = False
         self._count = 0
 
-    # ---- the daemon ----
+    # ---- the target ----
 
     def open(self) -> None:
-        """Start the daemon, and have one undisturbed round of each kind: they show how long one takes, and make what
+        """Make the target, and have one undisturbed round of each kind: they show how long one takes, and make what
         stays (a bridge)."""
         parent = os.environ.get("KATA_FAULTS_DIR") or "/tmp"
         directory = Path(tempfile.mkdtemp(prefix="kf-", dir=parent))
-        self._daemon = Daemon(
-            directory,
-            self._guest,
-            second=self._second,
-            wrong_answers=self._answers_wrongly,
-            templates=self._templates,
-        )
-        self._daemon.up(self._layout)
-        self._daemon.listen()
-        for scenario in ("ctr", "crictl") if self._daemon.has_pods else ("ctr",):
+        self._target = self._make(directory, self._answers_wrongly, self._templates)
+        self._target.up(self._layout)
+        for kind in self._target.kinds:
             began = time.monotonic()
-            script = Script(self._scenario(scenario).steps())
+            script = Script(self._scenario(kind).steps())
             script.start()
             script.join()
-            self._takes[scenario] = time.monotonic() - began
+            self._takes[kind] = time.monotonic() - began
             bad = [f"{name}: {said}" for name, code, said in script.ended if code and name != "delete"]
             if script.hangs or bad:
                 raise Failure(
-                    f"an undisturbed round by {scenario} failed: {script.hangs or bad[0]}\n{self._said()}"
+                    f"an undisturbed round by {kind} failed: {script.hangs or bad[0]}\n{self._said()}"
                 )
-        self._forget_containers()
+        self._target.forget()
         self._before = self._settled()
 
     def close(self) -> None:
         """Take everything back."""
-        if self._daemon is not None:
-            self._daemon.down()
-            self._daemon = None
+        if self._target is not None:
+            self._target.down()
+            self._target = None
 
     @property
-    def has_pods(self) -> bool:
-        """Whether rounds by crictl are possible here."""
-        assert self._daemon is not None
-        return self._daemon.has_pods
+    def kinds(self) -> tuple[str, ...]:
+        """The scenarios of random rounds that are possible here."""
+        assert self._target is not None
+        return self._target.kinds
 
     @property
-    def containerd(self) -> str:
-        """What the daemon calls itself."""
-        assert self._daemon is not None
-        return self._daemon.version
+    def title(self) -> str:
+        """The client, with its version."""
+        assert self._target is not None
+        return self._target.title
 
     @property
     def takes(self) -> dict[str, float]:
         """Seconds of an undisturbed round, by scenario."""
         return self._takes
-
-    def _forget_containers(self) -> None:
-        daemon = self._running()
-        for name in daemon.in_ctr("container", "ls", "-q").stdout.split():
-            daemon.in_ctr("container", "rm", name)
 
     def _settled(self) -> Snapshot:
         """A snapshot once two in a row are equal."""
@@ -162,23 +165,16 @@ class Runner:
                 return now
             last = now
 
-    def _running(self) -> Daemon:
-        if self._daemon is None:
+    def _running(self) -> Target:
+        if self._target is None:
             self.open()
-        assert self._daemon is not None
-        return self._daemon
+        assert self._target is not None
+        return self._target
 
-    def _scenario(self, kind: str) -> Ctr | Pod:
-        assert self._daemon is not None
+    def _scenario(self, kind: str) -> Scenario:
+        assert self._target is not None
         self._count += 1
-        name = f"f{self._count}"
-        scenarios: dict[str, type[Ctr | Pod]] = {
-            "crictl": Pod,
-            "disks": Disks,
-            "making": Making,
-            "clone": Clone,
-        }
-        return scenarios.get(kind, Ctr)(self._daemon, name)
+        return scenarios.make(kind, self._target, f"f{self._count}")
 
     # ---- one round ----
 
@@ -219,12 +215,12 @@ class Runner:
         result["seconds"] = round(time.monotonic() - began, 1)
         return result
 
-    def _fault(self, one: Round, scenario: Ctr | Pod, result: dict[str, Any]) -> bool:
+    def _fault(self, one: Round, scenario: Scenario, result: dict[str, Any]) -> bool:
         if one.victim in stops.WRONGLY:
             return self._wrong_answer(one, scenario, result)
-        daemon = self._running()
+        target = self._running()
         script = Script(scenario.steps())
-        armed = daemon.arm(one.point.name) if one.point is not None else None
+        armed = target.arm(one.point.name) if one.point is not None else None
         try:
             script.start()
             if one.point is None:
@@ -243,32 +239,27 @@ class Runner:
             script.join()
         if script.hangs:
             raise Failure(script.hangs)
-        clearing = one.victim == "shim" and one.point is not None and one.point.phase == "clear"
-        if pid and (one.victim == "containerd" or clearing):
-            # containerd has the clearing up done once; if that fails, again when it is started the next time.
-            daemon.stop_listening()
-            daemon.stop()
-            daemon.start()
-            daemon.listen()
+        if pid:
+            target.recover(one.victim, one.point)
         return bool(pid)
 
-    def _wrong_answer(self, one: Round, scenario: Ctr | Pod, result: dict[str, Any]) -> bool:
+    def _wrong_answer(self, one: Round, scenario: Scenario, result: dict[str, Any]) -> bool:
         """Have a request answered wrongly: who waits for it is told so by name, and nothing hangs."""
-        daemon = self._running()
+        target = self._running()
         assert one.point is not None
         part = stops.PARTS[stops.hypervisor()][one.point.name]
         script = Script(scenario.steps())
         at_the_end = one.point.name == "monitor.disk-taken"
         if not at_the_end:
-            daemon.order(part, one.victim)
+            target.order(part, one.victim)
         try:
             script.start()
             if at_the_end:
                 until(lambda: script.at == "kill" or not script.is_alive(), "a task that is to end")
-                daemon.order(part, one.victim)
+                target.order(part, one.victim)
             script.join()
         finally:
-            daemon.order()
+            target.order()
             script.join()
         result["at"] = script.at
         if script.hangs:
@@ -278,14 +269,14 @@ class Runner:
             raise Failure(f"the client was not told that the hypervisor answered wrongly: {script.ended}")
         return True
 
-    def _at_point(self, one: Round, scenario: Ctr | Pod, script: Script, reached: Callable[[], int]) -> int:
+    def _at_point(self, one: Round, scenario: Scenario, script: Script, reached: Callable[[], int]) -> int:
         """Wait until the point is reached; the victim's pid, 0 if there is none then."""
-        daemon = self._running()
+        target = self._running()
         assert one.point is not None
         if one.point.phase == "clear":
             until(lambda: script.at == "exec" or not script.is_alive(), "a running task")
             script.cancelled = True
-            engine = daemon.find("engine", scenario.sandbox())
+            engine = target.find("engine", scenario.sandbox())
             if not engine:
                 raise Failure("there is no engine to begin with")
             os.kill(engine, signal.SIGKILL)
@@ -298,23 +289,25 @@ class Runner:
                 ended = "; ".join(f"{name}: {code} {said}" for name, code, said in script.ended)
                 raise Failure(f"the point {one.point.name} was not reached ({ended})")
             time.sleep(0.005)
-        if one.victim in ("shim", "maker") or (one.victim == "engine" and one.point.where == "engine"):
+        if one.victim in ("shim", "maker", "runtime") or (
+            one.victim == "engine" and one.point.where == "engine"
+        ):
             return waiting
-        deadline = time.monotonic() + (VICTIM_S if one.point.where == "shim" else 0.0)
-        while not (pid := daemon.find(one.victim, scenario.sandbox())):
+        deadline = time.monotonic() + (VICTIM_S if one.point.where in ("shim", "runtime") else 0.0)
+        while not (pid := target.find(one.victim, scenario.sandbox())):
             if time.monotonic() > deadline:
                 return 0
             time.sleep(0.01)
         return pid
 
-    def _at_moment(self, one: Round, scenario: Ctr | Pod, script: Script) -> int:
+    def _at_moment(self, one: Round, scenario: Scenario, script: Script) -> int:
         """Wait for the moment; if there is no victim yet then, until there is."""
-        daemon = self._running()
+        target = self._running()
         time.sleep(one.moment * self._takes[one.scenario])
         while script.is_alive():
             scenario.sandbox()
             early = one.victim == "containerd" and script.at == scenario.before_containerd
-            pid = 0 if early else daemon.find(one.victim, scenario.sandbox())
+            pid = 0 if early else target.find(one.victim, scenario.sandbox())
             if pid:
                 return pid
             time.sleep(0.01)
@@ -325,8 +318,7 @@ class Runner:
             os.kill(pid, signal.SIGSTOP if victim == HANG else signal.SIGKILL)
         except ProcessLookupError:
             return  # it has just ended by itself
-        if victim == "containerd":
-            self._running().killed()
+        self._running().was_killed(victim)
 
     def _clean(self) -> None:
         """The host is as it was.
@@ -349,18 +341,18 @@ class Runner:
 
 
 class Record:
-    """The results so far with one containerd, in a file, so that a run can be resumed.
+    """The results so far with one client, in a file, so that a run can be resumed.
 
     Args:
         path: The file.
-        containerd: Its version.
+        title: The client, with its version: ``containerd 1.6.20``.
         seed: Of a new run.
         resume: Whether to go on with the run in the file.
     """
 
-    def __init__(self, path: Path, containerd: str, seed: int, *, resume: bool) -> None:
+    def __init__(self, path: Path, title: str, seed: int, *, resume: bool) -> None:
         self._path = path
-        self.containerd = containerd
+        self.title = title
         self.seed = seed
         self.began = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
         self.results: dict[str, dict[str, Any]] = {}

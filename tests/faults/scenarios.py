@@ -1,4 +1,4 @@
-"""What a client does while faults happen, and what has to hold afterwards: once with ctr, once with crictl."""
+"""The scenarios: with ctr and with crictl here, with podman and `kata-runtime` in `faults.podman_scenarios`."""
 
 from __future__ import annotations
 
@@ -8,37 +8,22 @@ import stat
 import subprocess
 import time
 from collections.abc import Callable
+from typing import cast
 
-import waiting
 from containerd_support import IMAGE, RUNTIME
 
-from faults.daemon import BUSYBOX, Daemon, Failure
+from faults.daemon import BUSYBOX, Daemon
+from faults.podman import PodmanTarget
+from faults.podman_scenarios import ByPodman, Direct
+from faults.scenario import CRASHES, Scenario, Step, until
+from faults.target import Failure, Target
 
-SETTLE_S = 60.0
-"""How long containerd may take to have the right view; it takes a second, but the host may be busy."""
-
-CRASHES = ("engine", "hypervisor", "virtiofsd")
-"""Victims whose end is the end of the task."""
 FORGET_S = 10.0
 """How long containerd may go on saying that there is a task. It does while it clears up after an engine; and when it
 was killed before it had a task made, it connects to what the shim has started (1.6; 1.7 asks whether there is a task),
 until that engine ends."""
 MAKER_S = 3.0
 """Within that, a machine that is up has started the process that makes its template."""
-
-Step = tuple[str, Callable[[], "subprocess.CompletedProcess[str]"]]
-
-
-def until(condition: Callable[[], bool], what: str, patience_s: float = SETTLE_S) -> None:
-    """Return when a condition holds.
-
-    Raises:
-        Failure: It did not in time.
-    """
-    try:
-        waiting.until(condition, what, patience_s=patience_s)
-    except AssertionError as error:
-        raise Failure(str(error)) from None
 
 
 class Ctr:
@@ -49,8 +34,6 @@ class Ctr:
         name: The container's.
     """
 
-    kind = "ctr"
-    needs_pods = False
     before_containerd = ""
     """The step before whose end containerd itself is not killed."""
 
@@ -241,8 +224,6 @@ class Pod:
         name: The pod's.
     """
 
-    kind = "crictl"
-    needs_pods = True
     before_containerd = "run the pod"
     # A containerd that dies within RunPodSandbox forgets the network namespace that it has just made, whatever
     # the runtime.
@@ -325,3 +306,24 @@ class Pod:
 
     def _list(self, *arguments: str) -> list[str]:
         return self._daemon.crictl(*arguments, "-q").stdout.split()
+
+
+def make(kind: str, target: Target, name: str) -> Scenario:
+    """A scenario.
+
+    Args:
+        kind: Which one; ``ctr`` and others of containerd's, ``podman``, ``run``.
+        target: Where; the one of that kind.
+        name: Of the container or pod.
+    """
+    by_podman: dict[str, Callable[[PodmanTarget, str], Scenario]] = {"podman": ByPodman, "run": Direct}
+    if kind in by_podman:
+        return by_podman[kind](cast(PodmanTarget, target), name)
+    by_containerd: dict[str, Callable[[Daemon, str], Scenario]] = {
+        "ctr": Ctr,
+        "crictl": Pod,
+        "disks": Disks,
+        "making": Making,
+        "clone": Clone,
+    }
+    return by_containerd[kind](cast(Daemon, target), name)

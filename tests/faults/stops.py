@@ -34,6 +34,8 @@ SHARES_NOTHING = ("firecracker",)
 _POLL_S = 0.005
 
 
+HANG = "hang"
+"""A hypervisor that is not killed: it stands still (SIGSTOP), and answers nothing any more."""
 WRONGLY = ("nonsense", "refuse")
 """How a hypervisor answers a request wrongly (`faults.answers`)."""
 
@@ -48,8 +50,9 @@ class Point:
 
     Attributes:
         name: ``phase.moment``; the phase is what the client is doing.
-        where: Who reaches it: ``shim`` (a command of the shim), ``engine``, or ``maker`` (of a template); ``monitor``
-            is a request to the hypervisor, which is answered wrongly (`faults.answers`).
+        where: Who reaches it: ``shim`` (a command of the shim, or of `kata-runtime` where it starts an engine),
+            ``runtime`` (`kata-runtime` alone), ``engine``, or ``maker`` (of a template); ``monitor`` is a request to
+            the hypervisor, which is answered wrongly (`faults.answers`).
         what: In words, for the report.
         scenario: Whose client's calls lead there.
     """
@@ -69,7 +72,7 @@ class Point:
 
     @property
     def victims(self) -> list[str]:
-        """Who there is at this point and can be killed."""
+        """Who there is at this point and can be killed, with containerd's clients."""
         if self.where == "monitor":
             return list(WRONGLY)
         if self.where == "maker":
@@ -164,6 +167,34 @@ POINTS += [
     Point("clone.agent", "engine", "its agent has answered for the first time", "clone"),
     Point("clone.reseeded", "engine", "its random numbers are its own", "clone"),
 ]
+POINTS += [
+    Point("create.reserved", "runtime", "the container's id is taken, nothing is recorded", "podman"),
+    Point("create.recorded", "runtime", "the container is recorded, its engine is not started", "podman"),
+    Point(
+        "create.standing", "runtime", "the process that stands for the container runs, unrecorded", "podman"
+    ),
+    Point("create.asked", "runtime", "the engine is about to be asked for the container", "podman"),
+    Point("create.told", "runtime", "the engine has said that it is made", "podman"),
+    Point("create.entered", "runtime", "that process has the container's root directory", "podman"),
+    Point("create.numbered", "runtime", "its number is in the pid file, the engine is not let go", "podman"),
+    Point("create.released", "runtime", "the engine is let go, `create` is about to end", "podman"),
+    Point("start.asked", "runtime", "the engine is about to be asked for the start", "podman"),
+    Point("start.told", "runtime", "it has said that the process runs", "podman"),
+    Point("exec.standing", "runtime", "the process that stands for the exec runs", "podman"),
+    Point("exec.asked", "runtime", "the engine is about to be asked for the exec", "podman"),
+    Point("exec.told", "runtime", "it has taken the exec down", "podman"),
+    Point("exec.start-told", "runtime", "it has said that the exec runs", "podman"),
+    Point("exec.numbered", "runtime", "the exec's pid file is written", "podman"),
+    Point("delete.kill-asked", "runtime", "the engine is about to be asked for the signal", "podman"),
+    Point("delete.kill-told", "runtime", "it has said that the signal is sent", "podman"),
+    Point("delete.asked", "runtime", "`delete` has found the container's record", "podman"),
+    Point("delete.in-engine", "runtime", "the engine has removed the container, and ends", "podman"),
+    Point("delete.removing", "runtime", "all is gone but the record", "podman"),
+    Point("delete.half-removed", "runtime", "the record's directory is empty", "podman"),
+    Point("delete.removed", "runtime", "the record is gone, `delete` is about to end", "podman"),
+    Point("run.waits", "runtime", "`kata-runtime run` waits for the container's end", "run"),
+    Point("run.ended", "runtime", "it knows of the end, and is about to delete the container", "run"),
+]
 PARTS = {
     "cloud-hypervisor": {
         "monitor.start": "vm.info",
@@ -193,7 +224,7 @@ def stop(name: str) -> None:
         time.sleep(_POLL_S)
 
 
-def _around(owner: Any, name: str, before: str = "", after: str = "") -> None:
+def put_around(owner: Any, name: str, before: str = "", after: str = "") -> None:
     """Put points before and after a function or coroutine of a class or module."""
     import inspect
 
@@ -228,27 +259,48 @@ def install(directory: str, where: str) -> None:
 
     Args:
         directory: Where they are armed.
-        where: ``shim``, ``engine`` or ``maker``.
+        where: ``shim``, ``engine``, ``maker`` or ``runtime``.
     """
     global _directory
     _directory = directory
-    {"shim": _install_shim, "engine": _install_engine, "maker": _install_maker}[where]()
+    ways = {
+        "shim": _install_shim,
+        "engine": _install_engine,
+        "maker": _install_maker,
+        "runtime": _install_runtime,
+    }
+    ways[where]()
 
 
 def _install_maker() -> None:
     from kata.engine.factory import maker
     from kata.hypervisor.qemu.monitor import QemuMonitor
 
-    _around(maker, "_in_a_child", "template.directory", "template.saved")
-    _around(QemuMonitor, "start", after="template.machine")
-    _around(maker, "_to_disk", after="template.synced")
-    _around(maker, "_make", after="template.named")
+    put_around(maker, "_in_a_child", "template.directory", "template.saved")
+    put_around(QemuMonitor, "start", after="template.machine")
+    put_around(maker, "_to_disk", after="template.synced")
+    put_around(maker, "_make", after="template.named")
 
 
 def _install_shim() -> None:
+    from kata.shim import delete, start
+
+    _install_launch()
+    put_around(start, "_write_address", after="create.address")
+    put_around(delete, "delete", before="clear.request", after="clear.undone")
+
+
+def _install_runtime() -> None:
+    from faults import oci_points
+
+    _install_launch()
+    oci_points.install()
+
+
+def _install_launch() -> None:
+    """Points of who starts an engine."""
     from kata import journal
     from kata.engine import launch
-    from kata.shim import delete, start
 
     create_dir = journal.Journal.create_dir.__func__  # type: ignore[attr-defined]
 
@@ -258,10 +310,8 @@ def _install_shim() -> None:
         return made
 
     journal.Journal.create_dir = classmethod(created)  # type: ignore[assignment]
-    _around(launch, "listen", after="create.socket")
-    _around(launch, "_spawn", after="create.engine")
-    _around(start, "_write_address", after="create.address")
-    _around(delete, "delete", before="clear.request", after="clear.undone")
+    put_around(launch, "listen", after="create.socket")
+    put_around(launch, "_spawn", after="create.engine")
 
 
 def _install_engine() -> None:
@@ -269,12 +319,12 @@ def _install_engine() -> None:
     from kata.engine.lifecycle import boot, volumes
     from kata.resources import host_cgroup
 
-    _around(journal.Journal, "set_owner", after="create.owner")
-    _around(volumes, "own_namespace", after="create.namespace")
-    _around(volumes.Share, "prepare", after="create.share")
-    _around(boot, "limit", after="create.limited")
-    _around(importlib.import_module(MONITORS[hypervisor()]), "spawn", after="create.machine")
-    _around(host_cgroup, "_make_parent", before="create.cgroup-intended")
+    put_around(journal.Journal, "set_owner", after="create.owner")
+    put_around(volumes, "own_namespace", after="create.namespace")
+    put_around(volumes.Share, "prepare", after="create.share")
+    put_around(boot, "limit", after="create.limited")
+    put_around(importlib.import_module(MONITORS[hypervisor()]), "spawn", after="create.machine")
+    put_around(host_cgroup, "_make_parent", before="create.cgroup-intended")
     _journal_points(journal.Journal)
     power_on = boot.power_on
 
@@ -282,15 +332,15 @@ def _install_engine() -> None:
     def powered_on(settings: Any, run_dir: str, *more: Any) -> Any:
         from kata.hypervisor import virtiofsd
 
-        _around(virtiofsd.FileServer, "start", after="create.files")
+        put_around(virtiofsd.FileServer, "start", after="create.files")
         if hypervisor() == "qemu":
             from kata.hypervisor.qemu.monitor import QemuMonitor
 
-            _around(QemuMonitor, "restore", "clone.found", "clone.restored")
+            put_around(QemuMonitor, "restore", "clone.found", "clone.restored")
         if settings.network.mode == "netns":
             from kata.network import netns
 
-            _around(netns.NetnsPlan, "setup_nics", after="create.network")
+            put_around(netns.NetnsPlan, "setup_nics", after="create.network")
         try:
             return power_on(settings, run_dir, *more)
         finally:
@@ -342,26 +392,26 @@ def _install_serving_engine() -> None:
     from kata.hypervisor.running import Running
     from kata.storage import upper
 
-    _around(snapshot_root.LayerDisks, "image", after="create.image")
-    _around(snapshot_root.SnapshotRoot, "_make_disk", after="create.disk")
-    _around(upper.UpperLayer, "add", after="delete.part")
-    _around(snapshot_root.SnapshotRoot, "carry_back", after="delete.carried")
-    _around(guest_setup, "_healthy", after="create.agent")
-    _around(AgentClient, "reseed", "clone.agent", "clone.reseeded")
-    _around(hostroot.HostRoot, "mount", after="create.root")
-    _around(binds.ContainerMounts, "add_all", after="create.shared")
-    _around(AgentClient, "create_container", "create.guest", "create.guest-made")
-    _around(AgentClient, "start_container", "start.guest", "start.guest-started")
-    _around(AgentClient, "exec_process", "exec.guest", "exec.guest-started")
-    _around(AgentClient, "remove_container", "delete.guest", "delete.guest-removed")
-    _around(ContainerParts, "_remove_shared", after="delete.unshared")
-    _around(TaskService, "Create", "create.request", "create.answer")
-    _around(TaskService, "Exec", "exec.request", "exec.added")
-    _around(TaskService, "Kill", "delete.kill")
-    _around(TaskService, "Delete", "delete.request", "delete.answer")
-    _around(TaskService, "Shutdown", "delete.shutdown")
-    _around(Running, "stop", after="delete.machine")
-    _around(Teardown, "_undo", "delete.undo", "delete.undone")
+    put_around(snapshot_root.LayerDisks, "image", after="create.image")
+    put_around(snapshot_root.SnapshotRoot, "_make_disk", after="create.disk")
+    put_around(upper.UpperLayer, "add", after="delete.part")
+    put_around(snapshot_root.SnapshotRoot, "carry_back", after="delete.carried")
+    put_around(guest_setup, "_healthy", after="create.agent")
+    put_around(AgentClient, "reseed", "clone.agent", "clone.reseeded")
+    put_around(hostroot.HostRoot, "mount", after="create.root")
+    put_around(binds.ContainerMounts, "add_all", after="create.shared")
+    put_around(AgentClient, "create_container", "create.guest", "create.guest-made")
+    put_around(AgentClient, "start_container", "start.guest", "start.guest-started")
+    put_around(AgentClient, "exec_process", "exec.guest", "exec.guest-started")
+    put_around(AgentClient, "remove_container", "delete.guest", "delete.guest-removed")
+    put_around(ContainerParts, "_remove_shared", after="delete.unshared")
+    put_around(TaskService, "Create", "create.request", "create.answer")
+    put_around(TaskService, "Exec", "exec.request", "exec.added")
+    put_around(TaskService, "Kill", "delete.kill")
+    put_around(TaskService, "Delete", "delete.request", "delete.answer")
+    put_around(TaskService, "Shutdown", "delete.shutdown")
+    put_around(Running, "stop", after="delete.machine")
+    put_around(Teardown, "_undo", "delete.undo", "delete.undone")
     _ends(EndOfProcesses)
     _starts(TaskService)
 

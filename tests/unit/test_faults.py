@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
-from faults import answers, report, stops
-from faults.daemon import Armed
+from faults import answers, oci_points, report, stops
 from faults.host import difference
-from faults.rounds import Record, point_rounds, random_rounds
+from faults.rounds import Record, podman_rounds, point_rounds, random_rounds
+from faults.target import Armed
 from waiting import until
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -47,7 +47,7 @@ def test_an_armed_point_stops_who_reaches_it_until_it_is_released(
     assert went_on.is_set()
 
 
-@pytest.mark.parametrize("where", ["shim", "engine"])
+@pytest.mark.parametrize("where", ["shim", "engine", "runtime"])
 def test_the_points_find_their_places_in_the_product(where: str) -> None:
     script = f"""
 import sys
@@ -61,9 +61,11 @@ if {where!r} == "engine":
 
 
 def test_every_point_is_put_somewhere() -> None:
-    source = (TESTS / "faults/stops.py").read_text()
+    listed = (TESTS / "faults/stops.py").read_text()
+    commands = (TESTS / "faults/oci_points.py").read_text()
     for point in stops.POINTS:
-        assert source.count(f'"{point.name}"') >= 2, f"{point.name} is listed and nowhere else"
+        places = commands if point.where == "runtime" else listed.partition("PARTS = ")[2]
+        assert f'"{point.name}"' in places, f"{point.name} is listed and nowhere else"
     assert len(stops.BY_NAME) == len(stops.POINTS) >= 15
 
 
@@ -82,10 +84,24 @@ def test_each_point_has_its_victims() -> None:
     assert answers.KINDS == stops.WRONGLY  # the program between stands alone
 
 
+def test_the_oci_command_line_has_points_and_victims_of_its_own() -> None:
+    rounds = {one.key: one for one in podman_rounds(oci_points.names())}
+    assert {
+        "create.reserved runtime",
+        "create.machine hypervisor",
+        "exec.told exec-conmon",
+    } <= rounds.keys()
+    assert {"create.socket conmon", "delete.half-removed runtime", "run.waits standing"} <= rounds.keys()
+    assert "create.reserved engine" not in rounds  # there is none yet
+    assert not any(one.victim in ("shim", "containerd", "maker") for one in rounds.values())
+    assert rounds["run.ended engine"].scenario == "run"
+    assert rounds["create.machine engine"].scenario == "podman"
+
+
 def test_a_random_round_depends_on_seed_and_number_alone() -> None:
     victims = ["engine", "hypervisor", "containerd"]
-    many = random_rounds(7, range(1, 30), victims, pods=True)
-    [one] = random_rounds(7, [12], victims, pods=True)
+    many = random_rounds(7, range(1, 30), victims, ("ctr", "crictl"))
+    [one] = random_rounds(7, [12], victims, ("ctr", "crictl"))
     same = many[11]
     assert (one.victim, one.moment, one.scenario) == (same.victim, same.moment, same.scenario)
     assert {round_.scenario for round_ in many} == {"ctr", "crictl"}
@@ -103,7 +119,7 @@ def test_difference_of_two_hosts() -> None:
 
 def test_a_page_keeps_what_it_says_of_other_containerds(tmp_path: Path) -> None:
     def record(version: str) -> Record:
-        made = Record(tmp_path / version, version, 7, resume=False)
+        made = Record(tmp_path / version, f"containerd {version}", 7, resume=False)
         made.add("start.guest engine", {"ok": True, "victim": "engine", "became": f"with {version}"})
         made.add(
             "random 1", {"ok": True, "victim": "engine", "scenario": "ctr", "at": "exec", "seconds": 1.0}

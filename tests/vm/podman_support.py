@@ -14,7 +14,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 UNPACKED = ROOT / "build/programs/podman"
 """Debian's packages, where podman is not installed (tools/setup)."""
 IMAGE = "localhost/bb"
+RUNTIME = ROOT / "src/kata/oci_runtime/__main__.py"
 RUNTIMES = ("runc", "crun", "kata")
 GATEWAY = "10.88.0.1"
 """Of the network that containers have when none is named."""
@@ -41,6 +42,8 @@ class Podman:
         directory: Made by the caller, with a short path: sockets are below it.
         guest: The guest's directory.
         base: Where podman's packages are unpacked; ``/`` where they are installed.
+        program: What takes the place of `kata-runtime`; this checkout's if None.
+        environment: What it gets besides.
 
     Attributes:
         env: The environment in which podman runs.
@@ -48,7 +51,15 @@ class Podman:
         around: What is to be put before a command that has to see the published ports.
     """
 
-    def __init__(self, directory: Path, guest: Path, base: Path | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        guest: Path,
+        base: Path | None = None,
+        *,
+        program: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.directory = directory
         self.run_dir = directory / "k"
         self._storage = str(directory / "st/overlay")
@@ -74,9 +85,9 @@ class Podman:
         self.command = [*self.around, self.program, "--tmpdir", str(directory / "t")]
         self._before = _cgroups()
         self._makes = [path for path in _FIXED if not path.exists()]
-        self._write(binaries, guest)
+        self._write(binaries, guest, program or RUNTIME, environment or {})
 
-    def _write(self, binaries: str, guest: Path) -> None:
+    def _write(self, binaries: str, guest: Path, program: Path, environment: Mapping[str, str]) -> None:
         directory = self.directory
         runtimes = directory / "bin"
         runtimes.mkdir()
@@ -84,6 +95,7 @@ class Podman:
             "KATA_RUN_DIR": self.run_dir,
             "KATA_STATE_DIR": directory / "s",
             "KATA_GUEST_DIR": guest,
+            **environment,
             **{
                 name: value
                 for name, value in os.environ.items()
@@ -91,7 +103,7 @@ class Podman:
             },
         }
         exports = "".join(f"export {name}='{value}'\n" for name, value in kata.items())
-        self._script("kata-runtime", f"{exports}exec {ROOT}/src/kata/oci_runtime/__main__.py")
+        self._script("kata-runtime", f"{exports}exec {program}")
         self._script("runc", f"exec {shutil.which('runc', path=self.env['PATH'])}")
         crun = f"exec {shutil.which('crun', path=self.env['PATH'])}"
         if (_HYBRID / "cgroup.controllers").exists() and (
