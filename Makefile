@@ -1,7 +1,7 @@
 # `make run` on a fresh Debian 12 or 13 is the place to start. All the work is in tools/.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test screenshots coverage test-kvm test-user conformance inspect-suite kvm-lab lint check-imports format bench-start bench-agent bench-pods bench-network bench-files bench-overhead bench-hypervisors bench-scrape bench-beside bench-performance faults hostile work fuzz-agent install uninstall prove-bare clean
+.PHONY: help setup run test screenshots coverage test-kvm test-user conformance inspect-suite kvm-lab lint check-imports format bench-start bench-agent bench-pods bench-network bench-files bench-overhead bench-hypervisors bench-scrape bench-beside bench-performance faults endurance hostile work fuzz-agent install uninstall prove-bare clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -97,9 +97,13 @@ bench-files: ## file I/O in a pod's root file system and volume, beside runc's; 
 	@tools/setup test
 	@bench/files $(A)
 
-faults: ## kill everybody at every point and 200 times at random, write docs/faults.md; A='--resume', A='--containerd 2'
+faults: ## kill everybody at every point and 200 times at random, write docs/faults.md; A='--resume', A='--containerd 2', A=--podman
 	@tools/setup test
 	@tools/faults --report docs/faults.md $(A)
+
+endurance: ## 500 runs, 500 execs and 200 containers by podman: statuses, bytes, what has grown; A='--runs 50 --resume'
+	@tools/setup test
+	@tools/endurance $(A)
 
 hostile: ## hostile archives, registries, agents and command lines; A='--short --seed 7 --only archives'
 	@tools/setup test
