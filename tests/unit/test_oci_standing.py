@@ -7,22 +7,29 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from engine_double import Engine, engine, make, process
 from waiting import until
 
 from kata.engine.containers import host_process
+from kata.errors import NotFoundError
 from kata.oci_runtime import standing
+
+__all__ = ["engine", "make"]
+
+RUNNING = 2
+"""Of containerd.v1.types.Status."""
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="makes a network namespace")
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Callable[[], standing.Standing]:
-    def made() -> standing.Standing:
+def start(tmp_path: Path) -> Callable[..., standing.Standing]:
+    def made(output: int = -1) -> standing.Standing:
         null = os.open(os.devnull, os.O_RDWR)
+        streams = (null, null, null) if output < 0 else (null, output, output)
+        path = str(tmp_path / "pid.sock")
         try:
-            return standing.start(
-                str(tmp_path / "pid.sock"), "", (null,) * 3, terminal=False, orphan=False, own_mounts=False
-            )
+            return standing.start(path, "", streams, terminal=False, orphan=False, own_mounts=False)
         finally:
             os.close(null)
 
@@ -42,7 +49,7 @@ def ended(pid: int) -> int:
     return os.waitstatus_to_exitcode(found[-1])
 
 
-def test_it_ends_with_the_status_that_the_engine_tells(start: Callable[[], standing.Standing]) -> None:
+def test_it_ends_with_the_status_that_the_engine_tells(start: Callable[..., standing.Standing]) -> None:
     one = start()
     engine = host_process.take(one.path)
     one.let_go()
@@ -53,7 +60,7 @@ def test_it_ends_with_the_status_that_the_engine_tells(start: Callable[[], stand
 
 @pytest.mark.parametrize("is_connected", [False, True])
 def test_it_dies_with_who_has_not_let_go_of_it(
-    start: Callable[[], standing.Standing], is_connected: bool
+    start: Callable[..., standing.Standing], is_connected: bool
 ) -> None:
     """Also when the engine has its streams: conmon waits for their end to say that the start has failed."""
     one = start()
@@ -64,9 +71,28 @@ def test_it_dies_with_who_has_not_let_go_of_it(
         engine.close()
 
 
-def test_it_dies_with_its_engine(start: Callable[[], standing.Standing]) -> None:
+def test_it_dies_with_its_engine(start: Callable[..., standing.Standing]) -> None:
     one = start()
     engine = host_process.take(one.path)
     one.let_go()
     engine.close()
     assert ended(one.pid) == -9
+
+
+def test_the_streams_of_an_exec_that_nobody_will_start_are_let_go_of(
+    engine: Engine, start: Callable[..., standing.Standing]
+) -> None:
+    """Its `kata-runtime exec` was killed in between: conmon reads its standard error to the end."""
+    reading, writing = os.pipe()
+    one = start(writing)
+    os.close(writing)
+    with engine.client() as client, open(reading, "rb") as output:
+        client.create("c1", engine.bundle("sleep"))
+        client.start("c1")
+        client.exec("c1", "e", process("true"), stdin=f"handover://{one.path}")
+        one.abandon()
+        assert ended(one.pid) == -9
+        assert output.read() == b""
+        with pytest.raises(NotFoundError):
+            client.start("c1", "e")
+        assert client.state("c1").status == RUNNING

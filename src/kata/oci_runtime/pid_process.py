@@ -3,9 +3,9 @@
 It stands for a container's init, or an exec, as `kata.engine.containers.host_process` describes: it hands its standard
 streams to the engine, passes signals and its terminal's size on, and ends with the status that the engine tells it. It
 kills itself when the engine has died, and when whoever started it is gone before it has let go of it: that command has
-failed, and a monitor that waits for the end of the streams to say so (conmon) would wait for ever. Where it is to be the
-child of a monitor, it kills itself when that has died, too: nobody would learn the status, and no client would have the
-container deleted.
+failed, and a monitor that waits for the end of the streams to say so (conmon) would wait for ever. Where it is to be
+the child of a monitor, it kills itself when that has died, too: nobody would learn the status, and no client would have
+the container deleted.
 
 There is one for each container for as long as that runs, so it imports nothing but what is built into the interpreter:
 this file is executed by its path, without the package.

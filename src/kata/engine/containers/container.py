@@ -381,16 +381,24 @@ class Container:
     def serve_host_process(self, exec_id: str) -> None:
         """Have the process of the host that stands for the init, or for an exec, pass on what it is signalled with."""
         process = self.process(exec_id)
-        if process.stdio.host_process is None:
+        own = process.stdio.host_process
+        if own is None:
             return
 
         async def kill(signal: int) -> None:
+            if exec_id and own.was_killed and process.state == CREATED:
+                try:
+                    await self.delete_exec(exec_id)  # nobody will start it: its streams are let go of
+                    own.close()
+                    return
+                except StateError:
+                    pass  # it was just being started
             await self._killer.kill(process, signal, everything=False)
 
         async def resize(rows: int, columns: int) -> None:
             await self.resize(exec_id, rows, columns)
 
-        process.stdio.host_process.serve(kill, resize, self.sandbox.tasks)
+        own.serve(kill, resize, self.sandbox.tasks)
 
     def _reported(self, process: Process) -> None:
         if process.stdio.host_process is not None:
