@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 Snapshot = dict[str, list[str]]
+_COMMAND = 240
+"""How much of a command line is compared, and shown: conmon's has thousands of bytes."""
 
 
 class Place:
@@ -93,7 +95,7 @@ class Place:
             environment = _read(f"/proc/{pid}/environ")
             named = directory in command or self._is_named(command) or self._is_in_network(pid)
             if command and (named or self.mark in environment.split("\0")):
-                yield command
+                yield command[:_COMMAND]
 
     def _is_in_network(self, pid: int) -> bool:
         """Whether a process is in a sandbox's network namespace: its words and environment need not say whose it is."""

@@ -155,14 +155,17 @@ class Runner:
         return self._takes
 
     def _settled(self) -> Snapshot:
-        """A snapshot once two in a row are equal."""
+        """A snapshot once two in a row are equal, and no process is left."""
         place = self._running().place
         last = place.snapshot()
+        deadline = time.monotonic() + CLEAN_S
         while True:
             time.sleep(0.5)
             now = place.snapshot()
-            if now == last:
+            if now == last and not now["process"]:
                 return now
+            if time.monotonic() > deadline:
+                raise Failure(f"processes are left of undisturbed rounds: {now['process'][:5]}")
             last = now
 
     def _running(self) -> Target:
