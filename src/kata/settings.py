@@ -954,3 +954,17 @@ class SandboxSettings(Part):
         if self.machine is None:
             raise StateError(f"sandbox {self.id!r} has not been created")
         return self.machine
+
+    def needs_share(self) -> bool:
+        """Whether anything of the host is to be seen in the guest.
+
+        Raises:
+            StateError: See `described`.
+        """
+        if self.described().share.disabled:  # who needs it is told so
+            return False
+        own = self.container
+        return self.client.shares_from_start or (
+            own is not None
+            and (bool(own.volumes) or (own.rootfs is not None and own.rootfs.kind == "share"))
+        )

@@ -110,6 +110,6 @@ def test_one_that_waits_goes_when_memory_gets_short(keeper: waiting.Keeper, host
     try:
         asyncio.run(run())
     finally:
-        keeper.host_mounts.close()
+        keeper.around.release()
         assert keeper._listener is not None
         keeper._listener.close()

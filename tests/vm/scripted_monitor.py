@@ -212,6 +212,9 @@ class ScriptedMachine:
     async def fill_disks(self, disks: Sequence[Disk | None], run_dir: str, sandbox_id: str) -> None:
         raise UnsupportedError("scripted machines do not wait")
 
+    async def insert_nic(self) -> tuple[int, str]:
+        raise UnsupportedError("it does not wait for sandboxes")
+
     def move_console(self, path: str) -> None:
         pass
 

@@ -96,6 +96,9 @@ async def serve_with(run_dir: str, plain: dict[str, Any], waiting: Waiting, ente
         waiting: The machine.
         entered_ns: When that began, by CLOCK_MONOTONIC.
     """
+    import asyncio
+    from concurrent.futures import ThreadPoolExecutor
+
     lease = Lease()
     failed: KataError | None = None
     machine = boot.Machine()
@@ -107,7 +110,8 @@ async def serve_with(run_dir: str, plain: dict[str, Any], waiting: Waiting, ente
         journal = Journal.attach(os.path.join(run_dir, FILE_NAME))
         journal.set_owner(os.getpid())
         console = os.path.join(run_dir, boot.CONSOLE_NAME)
-        await waiting.give(boot.disks_of(settings), run_dir, settings.id, console)
+        wired = settings.network.mode == "user"
+        await waiting.give(boot.disks_of(settings), run_dir, settings.id, console, wired=wired)
     except BaseException:
         waiting.discard()
         raise
@@ -116,6 +120,9 @@ async def serve_with(run_dir: str, plain: dict[str, Any], waiting: Waiting, ente
     except KataError as error:
         failed = error  # the Create call reports it
         waiting.discard()
+    waiting.release()
+    # From here on there may be threads, which have the namespaces that this one has now.
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor())
     await _serve(
         settings, run_dir, journal, machine, failed, lease, (entered_ns, time.monotonic_ns()), False
     )

@@ -151,6 +151,16 @@ class Machine(Protocol):
             UnsupportedError: `Capabilities.waits` is not there.
         """
 
+    async def insert_nic(self) -> tuple[int, str]:
+        """Connect the interface of a machine that waited without a network.
+
+        Returns:
+            The network helper's end of its wire, which is the caller's, and the interface's address.
+
+        Raises:
+            UnsupportedError: `Capabilities.waits` is not there.
+        """
+
     def move_console(self, path: str) -> None:
         """Have the file of the console's ring there from now on, on the same file system."""
 

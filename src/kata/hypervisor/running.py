@@ -81,6 +81,10 @@ class Running:
         """See `kata.hypervisor.protocols.Machine.fill_disks`: it cannot."""
         raise UnsupportedError("machines of this hypervisor do not wait for sandboxes")
 
+    async def insert_nic(self) -> tuple[int, str]:
+        """See `kata.hypervisor.protocols.Machine.insert_nic`: it cannot."""
+        raise UnsupportedError("machines of this hypervisor do not wait for sandboxes")
+
     # ---- life and death ----
 
     async def wait(self) -> Ended:

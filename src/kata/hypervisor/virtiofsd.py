@@ -96,9 +96,8 @@ class FileServer:
     ) -> None:
         import _socket
 
-        self._cache = cache
-
         self.program = program
+        self.cache = cache
         self._directory = directory
         self._journal = journal
         self.child = children.SupervisedChild(f"the file server of the share ({program})")
@@ -176,7 +175,7 @@ class FileServer:
         """
         try:
             self.child.start(
-                command(self.program, self._directory, self._listener.raw, self._cache),
+                command(self.program, self._directory, self._listener.raw, self.cache),
                 self._journal,
                 "virtiofsd",
                 pass_fds=[self._listener.raw],

@@ -81,10 +81,11 @@ class Redirected(Endpoint):
 
     __slots__ = ()
 
-    def __init__(self, index: int, mac: str) -> None:
+    def __init__(self, index: int, mac: str, *, is_made: bool = False) -> None:
         super().__init__(index, mac)
         self.tap = _FIRST_INDEX + index
-        self.fd = sysio.Fd(make_tap(TAP.format(index), self.tap))
+        if not is_made:
+            self.fd = sysio.Fd(make_tap(TAP.format(index), self.tap))
 
     def disconnect(self, rtnl: rtnetlink.Rtnl) -> None:
         assert self.source is not None
@@ -121,6 +122,66 @@ class Redirected(Endpoint):
         self.mac = source.mac
 
 
+class SpareTap:
+    """The tap of a machine that waits for a sandbox, in a network namespace of its own. Making one moves this thread
+    there; before there is any other.
+
+    Args:
+        mac: Hardware address with which the guest's interface is started.
+
+    Attributes:
+        namespace: The namespace.
+        fd: The tap's descriptor, which the hypervisor takes.
+
+    Raises:
+        HostError: It cannot be made.
+    """
+
+    __slots__ = ("_rtnl", "fd", "namespace")
+
+    def __init__(self, mac: str) -> None:
+        try:
+            sysio.unshare(sysio.CLONE_NEWNET)
+        except OSError as error:
+            raise HostError(f"cannot make a network namespace: {error.strerror}", "Run as root.") from error
+        self.namespace = sysio.Fd(os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC))
+        self._rtnl = rtnetlink.Rtnl()
+        self.fd = Redirected(0, mac).fd
+
+    def bring_here(self, mac: str, *, moves: bool) -> Redirected:
+        """The endpoint of a machine that is there already, in this thread's network namespace.
+
+        Args:
+            mac: Of the interface of the namespace.
+            moves: This is another namespace than that in which it was made.
+
+        Raises:
+            HostError: The kernel refused.
+            UnsupportedError: Another machine is in this network namespace.
+        """
+        endpoint = Redirected(0, mac, is_made=True)
+        if not moves:
+            return endpoint
+        try:
+            with sysio.Fd(os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)) as here:
+                self._rtnl.move(endpoint.tap, here.raw)
+            endpoint.tap = socket.if_nametoindex(TAP.format(0))
+            with rtnetlink.Rtnl() as rtnl:
+                rtnl.bring_up(endpoint.tap)
+        except OSError as error:
+            if error.errno == errno.EEXIST:
+                raise _is_taken(TAP.format(0)) from error
+            raise rtnetlink.refused("cannot move a tap device", error) from error
+        return endpoint
+
+    def close(self) -> None:
+        """Let go of the namespace, which ends with the last thing in it."""
+        if self.fd is not None:
+            self.fd.close()
+        self._rtnl.close()
+        self.namespace.close()
+
+
 def is_ethernet(link: Link) -> bool:
     """Whether an interface carries Ethernet frames."""
     return len(link.mac) == 17
@@ -150,6 +211,8 @@ class NetnsPlan(NetworkPlan):
         self._connects = model != "none"
         self.backend = "tap" if self._connects else ""
         self._most_nics = 0
+        self.spare: SpareTap | None = None
+        """The tap of a machine that is there already. Set before `setup_nics`."""
         self.endpoints: list[Endpoint] = []
         self._pending_hotplugs: list[Endpoint] = []
         self.routing = []
@@ -173,12 +236,15 @@ class NetnsPlan(NetworkPlan):
                 found = self.new_links(rtnl)
             for index in range(max(1, min(len(found), most))):
                 mac = found[index].mac if found else self.mac
-                self.endpoints.append(Redirected(index, mac))
+                if self.spare is not None and index == 0:
+                    self.endpoints.append(self.spare.bring_here(mac, moves=bool(self.path)))
+                else:
+                    self.endpoints.append(Redirected(index, mac))
             self.rescan()
         except BaseException:
             self.close_taps()
             raise
-        if not found and hotplug:
+        if hotplug and (not found or (self.keeps_ports and len(found) == 1)):
             # The client that configures it later may attach several networks.
             self.hotplug_nics = most - 1
         return [Nic(endpoint.mac, tap_fd=endpoint.fd) for endpoint in self.endpoints]
@@ -213,6 +279,9 @@ class NetnsPlan(NetworkPlan):
         """
         try:
             if not self.path:
+                if self.spare is not None:
+                    sysio.setns(self.spare.namespace.raw, sysio.CLONE_NEWNET)
+                    return
                 sysio.unshare(sysio.CLONE_NEWNET)
                 return
             fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
@@ -442,9 +511,13 @@ def make_tap(name: str, index: int = 0) -> int:
             raise
     except OSError as error:
         if error.errno in (errno.EBUSY, errno.EEXIST):
-            raise UnsupportedError(
-                f"another virtual machine is in this network namespace: it has the device {name} already",
-                "Each sandbox needs a network namespace of its own; the containers of a pod share their pod's.",
-            ) from error
+            raise _is_taken(name) from error
         raise rtnetlink.refused(f"cannot make the tap device {name}", error) from error
     return fd
+
+
+def _is_taken(name: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"another virtual machine is in this network namespace: it has the device {name} already",
+        "Each sandbox needs a network namespace of its own; the containers of a pod share their pod's.",
+    )

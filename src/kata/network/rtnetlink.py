@@ -105,6 +105,10 @@ class Rtnl:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close it."""
         self._socket.close()
 
     # ---- looking ----

@@ -150,6 +150,11 @@ class NetworkPlan:
         """The guest's addresses of the machine's interfaces, as `place` was told."""
         self.hotplug_nics = 0
         """After `setup_nics`: how many interfaces may come while the machine runs, beside those."""
+        self.keeps_ports = False
+        """Whether the machine is to have ports for further interfaces although it starts with one: all that wait for a
+        sandbox are alike. Set before `setup_nics`, as is `wire`."""
+        self.wire: sysio.Fd | None = None
+        """The helper's end of the interface, of a machine that is there already."""
         self.journal: Journal | None = None
         """The sandbox's; set before `setup_nics`."""
         self.routes: list[dict[str, Any]] = []
@@ -398,6 +403,9 @@ class UserPlan(NetworkPlan):
 
     def setup_nics(self, most: int, *, hotplug: bool = False) -> list[Nic]:
         """One interface, connected to where passt will be; see `NetworkPlan.setup_nics`."""
+        if self.wire is not None:
+            self._fd = self.wire
+            return [Nic(self.mac)]
         ours, theirs = children.socketpair()
         self._fd = sysio.Fd(ours)
         return [Nic(self.mac, sysio.Fd(theirs))]

@@ -62,15 +62,18 @@ def why_not(settings: SandboxSettings) -> str:
     """Why a sandbox's machine cannot come from the pool, as a clause; empty if it can."""
     if settings.machine is None or settings.pod is not None:
         return "pods are described after their engine's start"
-    if settings.network.mode != "none":
-        return "it has a network, which no machine of the pool has"
     if settings.host_devices:
         return "it has devices of the host"
-    own = settings.container
-    if settings.client.shares_from_start or (
-        own is not None and (own.volumes or (own.rootfs is not None and own.rootfs.kind == "share"))
-    ):
-        return "it has files of the host"
+    network = settings.network
+    if network.mode == "netns":
+        return "" if network.model == "tcfilter" else f"its network is connected by {network.model}"
+    if network.mode == "tap":
+        return "its network is a tap of pasta's"
+    if network.mode == "user":
+        if network.endpoints:
+            return "it is in a named network"
+        if sysio.in_user_namespace():
+            return "an ordinary user's network is made before its machine"
     return ""
 
 
@@ -82,7 +85,8 @@ def wanted(settings: SandboxSettings, plain: Mapping[str, Any]) -> str:
         plain: The same, as plain values.
     """
     disks = [None if disk is None else disk.readonly for disk in settings.disks]
-    return repr((plain["machine"], disks, settings.all_disk_slots))
+    has_tap = settings.network.mode == "netns"
+    return repr((plain["machine"], disks, settings.all_disk_slots, has_tap, settings.needs_share()))
 
 
 def name_of(needs: str, environment: Mapping[str, str], nice: int) -> str:
@@ -208,6 +212,7 @@ def fill(
     free_mib: int,
     leave: Callable[[], object],
     nice: int | None = None,
+    file_server: tuple[str, str] | None = None,
 ) -> None:
     """Start a process that waits with a machine, unless there are enough. Returns at once.
 
@@ -220,6 +225,8 @@ def fill(
         free_mib: MiB that the host has to have available, so that any waits.
         leave: Is called in the new process: takes it out of what is the caller's sandbox's.
         nice: Of an engine; None where the caller is one.
+        file_server: What serves files of the host to such machines, if they have any: program, and what the guest may
+            keep (`kata.hypervisor.virtiofsd.FileServer`).
 
     Raises:
         OSError: It could not be started.
@@ -228,7 +235,7 @@ def fill(
     order = marshal.dumps(
         (
             *(needs, template.root, template.key, monitor.name, {**plain, "options": dict(shape.options)}),
-            *(most, free_mib, os.nice(0) if nice is None else nice),
+            *(most, free_mib, os.nice(0) if nice is None else nice, file_server),
         )
     )
     argv = [*launcher.command(), COMMAND]

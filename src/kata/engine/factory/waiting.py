@@ -19,7 +19,7 @@ import time
 from kata import paths, sysio
 from kata.engine.factory import pool
 from kata.engine.factory import template as templates
-from kata.engine.factory.waiting_machine import END_S, Waiting
+from kata.engine.factory.waiting_machine import END_S, Surroundings, Waiting
 from kata.engine.launch import LIFETIME_FD, LISTEN_FD
 from kata.errors import KataError
 from kata.journal import Journal
@@ -72,7 +72,9 @@ def main() -> int:
         The exit status: 0 also where there was nothing to do.
     """
     with open(pool.PLACEHOLDERS, "rb") as file:
-        needs, root, key, name, plain, most, free_mib, nice = marshal.loads(file.read(_LARGEST_ORDER))
+        needs, root, key, name, plain, most, free_mib, nice, file_server = marshal.loads(
+            file.read(_LARGEST_ORDER)
+        )
     for number in range(pool.PLACEHOLDERS):
         os.set_inheritable(number, number < 3)
     before = _set_oom_score("1000")  # the first thing to do without
@@ -93,11 +95,10 @@ def main() -> int:
     wanted = templates.Template(root, key)
     one = Keeper(wanted, monitor, MachineShape(**plain), free_mib, before)
     try:
-        one.start(f"{prefix}-{os.getpid()}")
+        one.start(f"{prefix}-{os.getpid()}", file_server)
     except (KataError, OSError):
         one.end()
         return 1
-    host = one.host_mounts
 
     def filled() -> None:
         """The next one, if there are too few."""
@@ -106,8 +107,7 @@ def main() -> int:
             with _suppressed():
                 pool.fill(
                     *(needs, wanted, monitor, one.shape, most, free_mib),
-                    lambda: sysio.setns(host.raw, sysio.CLONE_NEWNS),
-                    nice,
+                    *(one.around.leave, nice, file_server),
                 )
 
     one.serve(filled, nice)
@@ -135,6 +135,22 @@ def _has_room(prefix: str, most: int, *, makes_room: bool = True) -> bool:
     return bool(makes_room and others and pool.end([others[0][1]]))
 
 
+def _inline() -> ThreadPoolExecutor:
+    """What carries out at once what is given to it: a process that is to change its namespaces has no threads."""
+    from concurrent.futures import Future, ThreadPoolExecutor
+
+    class Inline(ThreadPoolExecutor):
+        def submit(self, work: Any, /, *arguments: Any, **named: Any) -> Future[Any]:
+            done: Future[Any] = Future()
+            try:
+                done.set_result(work(*arguments, **named))
+            except Exception as error:
+                done.set_exception(error)
+            return done
+
+    return Inline(1)
+
+
 class _suppressed:
     """contextlib.suppress(OSError), without its import."""
 
@@ -157,7 +173,7 @@ class Keeper:
 
     Attributes:
         shape: As given.
-        host_mounts: The mount namespace in which this process was started.
+        around: What the machine has beside its monitor.
     """
 
     def __init__(
@@ -165,7 +181,7 @@ class Keeper:
     ) -> None:
         self._oom_score = oom_score
         self.shape = shape
-        self.host_mounts = sysio.Fd(os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC))
+        self.around = Surroundings()
         self._template = template
         self._monitor = monitor
         self._free_mib = free_mib
@@ -176,11 +192,12 @@ class Keeper:
         self._asked: _socket.socket | None = None
         self._place = ""
 
-    def start(self, name: str) -> None:
+    def start(self, name: str, file_server: tuple[str, str] | None = None) -> None:
         """Let the machine go on from its template.
 
         Args:
             name: Of its directory.
+            file_server: See `kata.engine.factory.pool.fill`.
 
         Raises:
             KataError: It does not.
@@ -193,10 +210,29 @@ class Keeper:
         self._journal = Journal.create_dir(base, name, {"client": paths.POOL, "id": name})
         self._place = os.path.join(base, name)
         volumes.own_namespace()
+        around, nics = self.around, [Nic(random_mac()) for _ in range(self.shape.nics)]
+        if self.shape.taps:
+            from kata.network.netns import SpareTap
+
+            around.spare = SpareTap(nics[0].mac)
+            nics[0].tap_fd = around.spare.fd
+        if file_server is not None:
+            from kata.hypervisor.virtiofsd import FileServer
+
+            program, cache = file_server
+            around.share = volumes.Share(self._place, self._journal)
+            around.share.prepare()
+            around.files = FileServer(program, around.share.path, self._place, self._journal, cache)
         attachments = Attachments(
-            sandbox_id=name, run_dir=self._place, nics=[Nic(random_mac()) for _ in range(self.shape.nics)]
+            sandbox_id=name,
+            run_dir=self._place,
+            nics=nics,
+            share_dir=around.share.path if around.share is not None else "",
+            share_server=around.files,
         )
         self._started = self._monitor.restore(self._template.path, attachments, self._journal, self.shape)
+        if around.files is not None:
+            around.files.start()
 
     def end(self) -> None:
         """End the machine, and leave nothing. Blocks."""
@@ -207,6 +243,7 @@ class Keeper:
             self._started.kill()
             self._started.status(END_S)
             self._started = None
+        self.around.stop()
         if self._journal is not None:
             from kata import journal_undo
 
@@ -249,7 +286,7 @@ class Keeper:
             agent = await asyncio.wait_for(self._agent(vm), READY_S)
             _load()
             # There is little to do from here on; and then, who has asked waits.
-            for pid in (os.getpid(), self._started.pid):
+            for pid in (os.getpid(), self._started.pid, *self.around.helpers()):
                 _prioritize(pid, nice)
             self._listen()
             on_ready()
@@ -264,10 +301,13 @@ class Keeper:
             if self._asked is not None:
                 self._asked.close()  # who has told it to end waits for that
         if order is not None:
-            waiting = Waiting(self._started, vm, agent.client, self.shape, self._template.key, self._journal)
+            waiting = Waiting(
+                *(self._started, vm, agent.client, self.shape, self._template.key, self._journal),
+                self.around,
+            )
             if self._oom_score:
                 _set_oom_score(self._oom_score)
-            await _become(order, waiting, self.host_mounts)
+            await _become(order, waiting)
 
     async def _agent(self, vm: Machine) -> AgentClient:
         """The agent of a machine that is ready, and has randomness of its own."""
@@ -296,7 +336,6 @@ class Keeper:
     async def _wait(self, vm: Machine, threads: ThreadPoolExecutor) -> _Order | None:
         """Return what the first has handed over who connects; None when it is to end."""
         import asyncio
-        from concurrent.futures import ThreadPoolExecutor
 
         assert self._listener is not None
         loop = asyncio.get_running_loop()
@@ -308,7 +347,7 @@ class Keeper:
                 waits = asyncio.ensure_future(came.wait())
                 await asyncio.wait({waits, ended}, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
                 waits.cancel()
-                if ended.done() or (not came.is_set() and self._is_over()):
+                if ended.done() or self.around.have_ended() or (not came.is_set() and self._is_over()):
                     return None
         finally:
             loop.remove_reader(self._listener.fileno())
@@ -323,8 +362,8 @@ class Keeper:
             sock.settimeout(pool.PATIENCE_S)
             if not order.receive(sock):
                 return None
-            threads.shutdown()  # no other thread, for the change of the mount namespace
-            loop.set_default_executor(ThreadPoolExecutor(2))
+            threads.shutdown()  # no other thread, for the change of namespaces
+            loop.set_default_executor(_inline())
             sock.send(str(os.getpid()).encode())
             if sock.recv(8) == pool.CONFIRM:
                 return order
@@ -384,11 +423,8 @@ def _prioritize(pid: int, nice: int) -> None:
             os.setpriority(os.PRIO_PROCESS, int(task), nice)
 
 
-async def _become(order: _Order, waiting: Waiting, host_mounts: sysio.Fd) -> None:
+async def _become(order: _Order, waiting: Waiting) -> None:
     """Be the engine of a sandbox, to its end."""
-    import asyncio
-    from concurrent.futures import ThreadPoolExecutor
-
     from kata.engine import main as engine
 
     entered_ns = time.monotonic_ns()
@@ -398,10 +434,7 @@ async def _become(order: _Order, waiting: Waiting, host_mounts: sysio.Fd) -> Non
     assert (LISTEN_FD, LIFETIME_FD) == (3, 4)
     os.environ.clear()
     os.environ.update(order.environment)
-    sysio.setns(host_mounts.raw, sysio.CLONE_NEWNS)
-    host_mounts.close()
-    os.chdir("/")
-    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor())
+    waiting.go_home()
     await engine.serve_with(order.place, order.plain, waiting, entered_ns)
 
 

@@ -64,6 +64,7 @@ class Machine:
         files: The file server of the share, if the share is served by one.
         host: The host's namespaces, for hooks that a client's specification may have.
         host_mounts: The host's mount namespace, until the boot slot is free.
+        host_network: The network namespace in which the engine was started, if it has left that; as long.
         network: The network, if the sandbox has one.
         share: The share, if the sandbox has one.
         ready_ns: When there was nothing more to do but wait for a boot slot.
@@ -86,6 +87,7 @@ class Machine:
         "fill_pool",
         "host",
         "host_mounts",
+        "host_network",
         "is_up",
         "monitor",
         "network",
@@ -114,6 +116,7 @@ class Machine:
         self.files: virtiofsd.FileServer | None = None
         self.host: hostns.Namespaces | None = None
         self.host_mounts: sysio.Fd | None = None
+        self.host_network: sysio.Fd | None = None
         self.network: NetworkPlan | None = None
         self.share: volumes.Share | None = None
         self.ready_ns = 0
@@ -145,9 +148,10 @@ class Machine:
                 fill()
             except OSError:
                 pass  # the next start tries
-        if self.host_mounts is not None:
-            self.host_mounts.close()
-            self.host_mounts = None
+        for namespace in (self.host_mounts, self.host_network):
+            if namespace is not None:
+                namespace.close()
+        self.host_mounts = self.host_network = None
 
     @property
     def is_clone(self) -> bool:
@@ -176,9 +180,15 @@ class Machine:
             pass  # the next start tries
 
     def leave_sandbox(self) -> None:
-        """In a process that outlives the sandbox: be in its cgroups no more, nor among its mounts."""
+        """In a process that outlives the sandbox: be in its cgroups no more, nor in its network or among its mounts."""
         if self.cgroup is not None:
             self.cgroup.leave()
+        if self.host_network is not None:
+            try:
+                sysio.setns(self.host_network.raw, sysio.CLONE_NEWNET)
+            except PermissionError:
+                if not sysio.in_user_namespace():
+                    raise
         if self.host_mounts is not None:
             sysio.setns(self.host_mounts.raw, sysio.CLONE_NEWNS)
 
@@ -223,16 +233,6 @@ class Machine:
         return self.started.extra_memory_mib if self.started is not None else 0
 
 
-def needs_share(settings: SandboxSettings) -> bool:
-    """Whether anything of the host is to be seen in the guest."""
-    if settings.described().share.disabled:  # who needs it is told so
-        return False
-    own = settings.container
-    return settings.client.shares_from_start or (
-        own is not None and (bool(own.volumes) or (own.rootfs is not None and own.rootfs.kind == "share"))
-    )
-
-
 def power_on(
     settings: SandboxSettings, run_dir: str, journal: Journal, waiting: Waiting | None = None
 ) -> Machine:
@@ -248,7 +248,25 @@ def power_on(
         KataError: Something is missing on this host. Nothing is left open then; what is in the journal is undone
             with it.
     """
-    boot = Boot(settings, run_dir, journal, waiting)
+    reason = ""
+    if waiting is not None:
+        if not waiting.reason:
+            try:
+                return _power_on(Boot(settings, run_dir, journal, waiting))
+            except Unfit:
+                pass
+        waiting.go_home()  # what was mounted where we were is gone with that
+        waiting.discard()
+        reason = waiting.reason
+    return _power_on(Boot(settings, run_dir, journal, unfit=reason))
+
+
+class Unfit(Exception):
+    """The machine that waited is none for this sandbox, for its `Waiting.reason`."""
+
+
+def _power_on(boot: Boot) -> Machine:
+    """Carry out the steps of a start."""
     steps = (
         boot.choose_monitor,
         boot.keep_host_namespaces,
@@ -286,6 +304,7 @@ class Boot:
         run_dir: Its directory.
         journal: Its journal.
         waiting: See `power_on`.
+        unfit: Why one that waited could not be used; empty if none did.
     """
 
     __slots__ = (
@@ -298,6 +317,7 @@ class Boot:
         "_settings",
         "_share",
         "_undo",
+        "_unfit",
         "_waiting",
         "capabilities",
         "machine",
@@ -305,10 +325,16 @@ class Boot:
     )
 
     def __init__(
-        self, settings: SandboxSettings, run_dir: str, journal: Journal, waiting: Waiting | None = None
+        self,
+        settings: SandboxSettings,
+        run_dir: str,
+        journal: Journal,
+        waiting: Waiting | None = None,
+        unfit: str = "",
     ) -> None:
         self.machine = Machine()
         self._waiting = waiting
+        self._unfit = unfit
         self.monitor: Monitor
         self.capabilities: Capabilities
         self._settings = settings
@@ -387,16 +413,32 @@ class Boot:
         self._undo.append(self.machine.host.close)
 
     def enter_namespace(self) -> None:
-        """Go into a mount namespace of our own."""
-        self.machine.host_mounts = sysio.Fd(os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC))
+        """Go into a mount namespace of our own, and find there what the machine brings along that waited.
+
+        Raises:
+            HostError: Not permitted.
+            Unfit: What it has brought could not be put in its place.
+        """
+        flags = os.O_RDONLY | os.O_CLOEXEC
+        self.machine.host_mounts = sysio.Fd(os.open("/proc/self/ns/mnt", flags))
         self._undo.append(self.machine.host_mounts.close)
+        if self._settings.network.mode == "netns":
+            self.machine.host_network = sysio.Fd(os.open("/proc/self/ns/net", flags))
+            self._undo.append(self.machine.host_network.close)
         volumes.own_namespace()
+        if self._waiting is not None and not self._waiting.bring_share(self._journal):
+            raise Unfit
 
     def prepare_share(self) -> None:
         """Make the directory that is shared with the guest, if anything is to be."""
-        if self.capabilities.shares and needs_share(self._settings):
+        if not (self.capabilities.shares and self._settings.needs_share()):
+            return
+        share = self._waiting.around.share if self._waiting is not None else None
+        if share is not None:
+            self._share = share
+        else:
             self._share.prepare()
-            self.machine.share = self._share
+        self.machine.share = self._share
 
     def set_devices_aside(self) -> None:
         """Take the devices that the machine is given away from the host.
@@ -438,6 +480,9 @@ class Boot:
                 "With kata run: --network none. Networks of containerd, Docker and pods are taps.",
             )
         made.journal = self._journal
+        made.keeps_ports = bool(self._described.hypervisor.pool)
+        if self._waiting is not None:
+            self._waiting.connect(made)
         self._undo.append(made.stop)
         self._nics = made.setup_nics(self.capabilities.nics, hotplug=self.capabilities.hotplug_nics)
         self._undo += [nic.close for nic in self._nics]
@@ -451,6 +496,9 @@ class Boot:
             HypervisorError: Its socket cannot be made.
         """
         if self.machine.share is None:
+            return
+        if self._waiting is not None and self._waiting.around.files is not None:
+            self.machine.files = self._waiting.around.files
             return
         program = self._file_server()
         if not program:
@@ -523,6 +571,7 @@ class Boot:
         """Start the machine: it boots from here on.
 
         Raises:
+            Unfit: The machine that waited is none for this sandbox.
             KataError: See `kata.hypervisor.protocols.Monitor.start`.
         """
         assert self.machine.shape is not None
@@ -553,19 +602,19 @@ class Boot:
             self.capabilities,
             shape,
         )
-        waiting, self._waiting = self._waiting, None
-        if waiting is not None and not found.reason and waiting.fits(found.key):
+        waiting = self._waiting
+        if waiting is not None:
+            if not waiting.fits(found):
+                raise Unfit
             self.machine.came_by(POOL)
             self.machine.waiting = waiting
             self._fill_pool(found, shape)
             return waiting.started
-        if waiting is not None:
-            waiting.discard()
         if found.reason:
             self.machine.came_by(COLD, found.reason)
             return None
         reason = self._fill_pool(found, shape)
-        self.machine.came_by(TEMPLATE, reason if waiting is None else waiting.reason)
+        self.machine.came_by(TEMPLATE, self._unfit or reason)
         try:
             return self.monitor.restore(found.path, self._attachments, self._journal, shape)
         except SavedMachineError as error:
@@ -585,13 +634,17 @@ class Boot:
 
         if not self.capabilities.waits:
             return f"machines of {self.monitor.title} do not wait for sandboxes"
+        files = self.machine.files
         reason = pool.why_not(self._settings)
+        if self.machine.share is not None and files is None:
+            reason = "its files of the host are shared by 9p"
         if reason:
             return reason
         needs = pool.wanted(self._settings, self._settings.to_plain())
         self.machine.fill_pool = lambda: pool.fill(
             *(needs, template, self.monitor, shape, hypervisor.pool, hypervisor.pool_free_mib),
             self.machine.leave_sandbox,
+            file_server=(files.program, files.cache) if files is not None else None,
         )
         return "none was waiting"
 
@@ -603,7 +656,10 @@ class Boot:
         assert started is not None
         assert shape is not None
         limits = self.machine.host_limits(shape.vcpus, shape.memory_mib)
-        name, pids = os.path.basename(self._run_dir), (started.pid, os.getpid())
+        name = os.path.basename(self._run_dir)
+        pids: tuple[int, ...] = (started.pid, os.getpid())
+        if self.machine.waiting is not None:
+            pids = (*pids, *self.machine.waiting.around.helpers())
         nodes = self._given.numbers() if self._given is not None else []
         cgroup = limit(self._settings, name, limits, self._journal, pids, nodes)
         self._undo.append(cgroup.leave)
@@ -615,7 +671,7 @@ class Boot:
         Raises:
             HypervisorError: It cannot be executed.
         """
-        if self.machine.files is not None:
+        if self.machine.files is not None and self.machine.waiting is None:
             self.machine.files.start()
 
     def start_network(self) -> None:

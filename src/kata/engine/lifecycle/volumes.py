@@ -107,6 +107,41 @@ class Share:
         except OSError as error:
             raise HostError(f"cannot prepare the sandbox's share {self.path}: {error.strerror}") from error
 
+    def pack(self) -> list[sysio.Fd]:
+        """Copies of both faces, for `unpack`. What is bound below them is seen by whoever sees these.
+
+        Raises:
+            OSError: This kernel cannot (before Linux 5.2).
+        """
+        trees: list[sysio.Fd] = []
+        try:
+            for path in (self._mounts, self.path):
+                trees.append(sysio.Fd(sysio.open_tree(path)))
+        except BaseException:
+            for tree in trees:
+                tree.close()
+            raise
+        return trees
+
+    def unpack(self, trees: Iterable[sysio.Fd], journal: Journal) -> None:
+        """Have a share that was made in another mount namespace in this one.
+
+        Args:
+            trees: From `pack`; they are used up.
+            journal: Of the sandbox, in which all is recorded from now on that is bound below it.
+
+        Raises:
+            OSError: A mount failed.
+        """
+        for tree, path in zip(trees, (self._mounts, self.path), strict=True):
+            with tree:
+                sysio.move_mount(tree.raw, path)
+            target = os.path.realpath(path)
+            for entry in self._journal.entries:
+                if entry.kind == "mount" and entry.params["target"] == target:
+                    self._journal.commit(entry)  # it is another one now
+        self._journal = journal
+
     def add(
         self,
         source: str,

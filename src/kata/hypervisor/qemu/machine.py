@@ -236,7 +236,8 @@ class Qemu(Running):
         try:
             sock.setblocking(False)
             await self._qmp_client()  # QEMU listens before it greets
-            await self._loop.sock_connect(sock, qemu_command.nic_socket(self.settings.run_dir))
+            with sysio.SocketName(qemu_command.nic_socket(self.settings.run_dir)) as name:
+                await self._loop.sock_connect(sock, name)
         except OSError as error:
             sock.close()
             raise HypervisorError(f"cannot connect the network interface: {error.strerror}") from error
