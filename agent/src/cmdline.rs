@@ -137,6 +137,12 @@ pub const USAGE: &str = "usage: kata-agent --server unix:///PATH|vsock://-1:PORT
 Without arguments, as PID 1, it is the init of a guest.
 ";
 
+/// Whether only the version is asked for, also by process 1: of a container, in which this program runs to try one out.
+/// No kernel gives its init this.
+pub fn asks_version(arguments: &[String]) -> bool {
+    matches!(arguments, [_, option] if option == "--version")
+}
+
 pub fn parse_arguments(arguments: &[String]) -> Result<Command> {
     let mut settings = Settings::default();
     let mut rest = arguments.iter().skip(1);
@@ -179,6 +185,13 @@ pub fn parse_arguments(arguments: &[String]) -> Result<Command> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_version_is_asked_for_alone() {
+        let told = |words: &[&str]| asks_version(&words.iter().map(|w| w.to_string()).collect::<Vec<_>>());
+        assert!(told(&["/proc/self/exe", "--version"]));
+        assert!(!told(&["/init"]) && !told(&["/init", "splash"]) && !told(&["/init", "--version", "splash"]));
+    }
 
     #[test]
     fn kernel_parameters_are_read_and_wrong_ones_named() {

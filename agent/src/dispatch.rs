@@ -37,6 +37,7 @@ const EXTRA_FEATURES: &[&str] = &[
     "kata.sockets",
     "kata.stdin.null",
     "kata.streams",
+    "kata.version",
     "seccomp",
 ];
 

@@ -88,11 +88,12 @@ mod watcher;
 /// `argv` points to `argc` NUL-terminated strings.
 pub unsafe fn start(argc: usize, argv: *const *const core::ffi::c_char) -> i32 {
     let started_ns = sys::clock_ns(libc::CLOCK_BOOTTIME);
-    let settings = if sys::getpid() == 1 {
+    // SAFETY: by the contract above.
+    let arguments = unsafe { rt::arguments(argc, argv) };
+    let settings = if sys::getpid() == 1 && !cmdline::asks_version(&arguments) {
         boot::init()
     } else {
-        // SAFETY: by the contract above.
-        match cmdline::parse_arguments(&unsafe { rt::arguments(argc, argv) }) {
+        match cmdline::parse_arguments(&arguments) {
             Ok(cmdline::Command::Serve(settings)) => settings,
             Ok(cmdline::Command::Version) => return say(1, concat!("kata-agent ", env!("CARGO_PKG_VERSION"), "\n"), 0),
             Ok(cmdline::Command::Help) => return say(1, cmdline::USAGE, 0),

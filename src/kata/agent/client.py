@@ -63,6 +63,8 @@ PIDS_OF = "kata.pids.of"
 """Feature of an agent: a container can join another one's PID namespace."""
 DEVICE_LIMITS = "kata.device.limits"
 """Feature of an agent: block I/O of a container's own disks can be limited, by the host's device numbers."""
+VERSION = "kata.version"
+"""Feature of an agent: its program says its version also as a container's first process."""
 LAYERS = "kata.layers"
 """Feature of an agent: what was written to a container's writable layer can be read out."""
 MAX_LAYER = 3 << 20

@@ -151,17 +151,37 @@ def storages(container_id: str, root: Rootfs | None, addresses: Sequence[str] = 
     if root.upper_slot is not None:
         mounts.append(_disk(addresses[root.upper_slot], "ext4", ["rw", "nodev"], upper))
     elif root.upper == "tmpfs":
-        mounts.append(
-            Storage(
-                driver="ephemeral", source="tmpfs", fstype="tmpfs", options=["mode=0755"], mount_point=upper
-            )
-        )
+        mounts.append(_tmpfs(upper))
     elif root.kind == "share":
         return [as_it_is]
     else:
         raise ConfigError("the root file system has no writable layer: give upper_slot or upper")
     mounts.append(_overlay(container_id, lower))
     return mounts
+
+
+def empty(container_id: str, share_tag: str) -> list[Storage]:
+    """What the agent is to mount for a root file system with nothing in it, as much like others as can be.
+
+    Args:
+        container_id: The container.
+        share_tag: Mount tag of a share by virtio-fs that is to be its lower layer; empty for one in memory.
+    """
+    base = f"{GUEST_RUN}/{container_id}"
+    lower = Storage(
+        driver="virtio-fs" if share_tag else "ephemeral",
+        source=share_tag or "tmpfs",
+        fstype="virtiofs" if share_tag else "tmpfs",
+        options=["nodev"],
+        mount_point=f"{base}/lower",
+    )
+    return [lower, _tmpfs(f"{base}/upper"), _overlay(container_id, lower.mount_point)]
+
+
+def _tmpfs(mount_point: str) -> Storage:
+    return Storage(
+        driver="ephemeral", source="tmpfs", fstype="tmpfs", options=["mode=0755"], mount_point=mount_point
+    )
 
 
 def _overlay(container_id: str, lower: str, options: Sequence[str] = ()) -> Storage:

@@ -277,6 +277,8 @@ class Keeper:
 
         assert self._journal is not None
         assert self._started is not None
+        from kata.engine.factory import warm_up
+
         loop = asyncio.get_running_loop()
         threads = ThreadPoolExecutor(2)
         loop.set_default_executor(threads)
@@ -285,6 +287,8 @@ class Keeper:
         try:
             agent = await asyncio.wait_for(self._agent(vm), READY_S)
             _load()
+            await warm_up.run(agent, self._started.share_tag if self.around.share is not None else "")
+            await agent.reseed(os.urandom(512))
             # There is little to do from here on; and then, who has asked waits.
             for pid in (os.getpid(), self._started.pid, *self.around.helpers()):
                 _prioritize(pid, nice)
