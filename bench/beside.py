@@ -76,14 +76,18 @@ class Tree:
         """
         return said([*self.program, *arguments], self.environment)
 
-    def ctr_run(self) -> None:
+    def ctr_run(self, *options: str) -> None:
         """Have containerd run ``true`` with this checkout's shim.
+
+        Args:
+            options: Of ``ctr run``.
 
         Raises:
             SystemExit: It failed.
         """
         self._count += 1
-        done = self.containerd.ctr("run", "--rm", "--runtime", RUNTIME, IMAGE, f"c{self._count}", "true")
+        words = ("--runtime", RUNTIME, *options, IMAGE, f"c{self._count}", "true")
+        done = self.containerd.ctr("run", "--rm", *words)
         if done.returncode:
             raise SystemExit(f"error: ctr run with {self.root}: {done.stderr.decode(errors='replace')}")
 

@@ -9,6 +9,7 @@ shuffled anew; what changes with the hour changes all of it alike, so ratios are
   each runtime, and a bare QEMU (the same kernel with the same parameters until it powers off, `bareboot.py`). Then
   `exec true` in a container that sleeps, the removal of one that runs (`kata rm -f`; `runc delete -f`), and `state`,
   `kill` and `delete` of `kata-runtime` and runc.
+* ``pool``: `ctr run --rm` and `kata run --rm` by a machine that waits, from a template, and `ctr run` with runc.
 * ``many``: 20 and 50 `kata run -d` at once, from the first until each has said that its container runs.
 * ``pods``: 30 pods by `crictl run` at once, through a containerd with CNI's bridge (`podlab.py`).
 * ``memory``: 20 sandboxes that have nothing to do, with and without an engine parent: proportional set size of all
@@ -44,6 +45,7 @@ sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "src"), str(ROOT / "tests/vm"), 
 import bareboot  # noqa: E402
 import podlab  # noqa: E402
 import start  # noqa: E402
+import warmpool  # noqa: E402
 from beside import NAME, Tree, said, took_ms  # noqa: E402
 from containerd_support import IMAGE  # noqa: E402
 from overhead import descendants, field  # noqa: E402
@@ -52,7 +54,7 @@ from performance_table import Rounds, machine, median, p95, put, table  # noqa: 
 
 from kata.config.files import VARIABLE as CONFIG_VARIABLE  # noqa: E402
 
-PARTS = ("one", "many", "pods", "memory")
+PARTS = ("one", "pool", "many", "pods", "memory")
 RUNC = "io.containerd.runc.v2"
 MIB = 1 << 20
 SETTLE_S = 3
@@ -357,7 +359,7 @@ def measure(work: Path, other: Path | None, options: argparse.Namespace, took: R
             (work / which[0]).mkdir()
             trees[which] = Tree(root, work / which[0])
     this = trees["this"]
-    if {"one", "many", "memory"} & set(parts):
+    if {"one", "pool", "many", "memory"} & set(parts):
         with contextlib.ExitStack() as stack:
             for tree in trees.values():
                 stack.enter_context(tree.up())
@@ -366,6 +368,8 @@ def measure(work: Path, other: Path | None, options: argparse.Namespace, took: R
                 bare = bareboot.prepare(this.guest, work / "q", this.environment)
                 podmans = stack.enter_context(start.podmans(this.guest))
                 took |= one(trees, Peers(work / "p", this), bare, podmans, options.rounds)
+            if "pool" in parts:
+                took |= warmpool.measure(this, partial(_ctr_runc, this), options.rounds)
             if "many" in parts:
                 took |= many(trees, options.at_once, options.many or (20, 50))
             if "memory" in parts:

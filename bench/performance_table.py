@@ -16,6 +16,38 @@ BEGIN, END = "<!-- written by bench/performance -->", "<!-- end of what bench/pe
 
 ROWS: tuple[tuple[str, str, str, str, str, float], ...] = (
     ("`ctr run --rm` / with runc", "ctr run, this", "ctr run, runc", "ms", "ratio", 4.0),
+    (
+        "`ctr run --rm` from the pool / with runc",
+        "ctr run, pool",
+        "ctr run, runc beside the pool",
+        "ms",
+        "ratio",
+        2.0,
+    ),
+    (
+        "`ctr run --rm` from the pool / from a template",
+        "ctr run, pool",
+        "ctr run, beside the pool",
+        "ms",
+        "",
+        0,
+    ),
+    (
+        "`kata run` with network, from the pool / from a template",
+        "kata run user, pool",
+        "kata run user, beside the pool",
+        "ms",
+        "",
+        0,
+    ),
+    (
+        "memory of a machine that waits, of containerd / of `kata run`",
+        "one waits, ctr",
+        "one waits, kata run",
+        "MiB",
+        "",
+        0,
+    ),
     ("`ctr run --rm` / other", "ctr run, this", "ctr run, other", "ms", "", 0),
     ("`kata run --network none` / cold", "kata run none, this", "kata run none, cold", "ms", "ratio", 0.35),
     (
