@@ -137,6 +137,15 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert json.loads(said(capsys, "system", "info", "-f", "json"))["ContainersStopped"] == 1
     assert "Containers: 1\n Running: 0\n" in said(capsys, "info")
+    assert "Machines Waiting" not in said(capsys, "info")
+
+
+def test_info_of_the_warm_pool(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    one = {"name": "x", "pid": 1, "machine_pid": 2, "since": 0.0, "bytes": 50 << 20}
+    monkeypatch.setattr("kata.engine.factory.pool.listed", lambda: [one, one])
+    assert "Machines Waiting: 2\n Memory: 100MiB\n" in said(capsys, "info")
+    wanted = "{{.MachinesWaiting}} {{.MachinesWaitingMemory}}"
+    assert said(capsys, "info", "--format", wanted) == f"2 {100 << 20}\n"
 
 
 def test_all_of_them(capsys: pytest.CaptureFixture[str]) -> None:

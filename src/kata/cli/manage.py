@@ -251,8 +251,10 @@ def _info(arguments: Arguments) -> int:
     import platform
 
     import kata
+    from kata.engine.factory import pool
     from kata.hypervisor import kvmprobe
 
+    waiting = pool.listed()
     states = [container.state()["status"] for container in records.all_containers()]
     facts: dict[str, Any] = {
         "Containers": len(states),
@@ -274,6 +276,8 @@ def _info(arguments: Arguments) -> int:
         "DockerRootDir": paths.state_dir(),
         "RunDir": paths.run_dir(),
         "KVM": kvmprobe.probe().works,
+        "MachinesWaiting": len(waiting),
+        "MachinesWaitingMemory": sum(one["bytes"] for one in waiting),
     }
     form = arguments.value("format")
     if form == "json":
@@ -304,9 +308,18 @@ def _info(arguments: Arguments) -> int:
             "DockerRootDir": "Root Dir",
             "RunDir": "Run Dir",
             "KVM": "KVM",
+            **(
+                {"MachinesWaiting": "Machines Waiting", "MachinesWaitingMemory": " Memory"}
+                if waiting
+                else {}
+            ),
         }
         for key, label in labels.items():
-            value = table.human_size(facts[key]) if key == "MemTotal" else facts[key]
+            value = (
+                table.human_size(facts[key])
+                if key.startswith("Mem") or key.endswith("Memory")
+                else facts[key]
+            )
             print(f"{label}: {str(value).lower() if isinstance(value, bool) else value}")
     return 0
 

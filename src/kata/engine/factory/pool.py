@@ -274,7 +274,7 @@ def listed() -> list[dict[str, Any]]:
 
     Returns:
         Of each its ``name``, ``pid``, ``machine_pid`` (0 where it is not known), ``since`` (seconds since 1970) and
-        ``bytes`` (what both take of the host's memory: proportional set size, and swap).
+        ``bytes`` (what these and a file server take of the host's memory: proportional set size, and swap).
     """
     base, found = directory(), []
     try:
@@ -285,29 +285,31 @@ def listed() -> list[dict[str, Any]]:
         path = os.path.join(base, name)
         try:
             since = os.stat(os.path.join(path, SOCKET_NAME)).st_mtime
-            pid, machine = _processes(path)
+            pid, others = _processes(path)
         except (OSError, JournalError):
             continue  # a sandbox has it, or it is ending
         if pid:
-            taken = sum(_memory(one) for one in (pid, machine) if one)
+            taken = sum(map(_memory, (pid, *others)))
+            machine = others[0] if others else 0
             found.append({"name": name, "pid": pid, "machine_pid": machine, "since": since, "bytes": taken})
     return found
 
 
-def _processes(path: str) -> tuple[int, int]:
+def _processes(path: str) -> tuple[int, list[int]]:
+    """Who owns a journal, 0 if nobody lives; and its other processes, the machine's first."""
     from kata.journal import Journal
 
     journal = Journal.open(os.path.join(path, FILE_NAME))
     try:
         owner = int((journal.owner or {}).get("pid", 0)) if journal.owner_alive() else 0
-        machines = [
+        others = [
             int((entry.identity or {}).get("pid", 0))
             for entry in journal.entries
             if entry.kind == "process" and not entry.gone
         ]
     finally:
         journal.close()
-    return owner, machines[0] if machines else 0
+    return owner, others
 
 
 def _memory(pid: int) -> int:
