@@ -188,7 +188,7 @@ mod tests {
 
     #[test]
     fn the_version_is_asked_for_alone() {
-        let told = |words: &[&str]| asks_version(&words.iter().map(|w| w.to_string()).collect::<Vec<_>>());
+        let told = |words: &[&str]| asks_version(&words.iter().copied().map(String::from).collect::<Vec<_>>());
         assert!(told(&["/proc/self/exe", "--version"]));
         assert!(!told(&["/init"]) && !told(&["/init", "splash"]) && !told(&["/init", "--version", "splash"]));
     }
