@@ -394,6 +394,32 @@ def test_what_is_not_ours_of_podmans_is_left_alone(tmp_path: Path, runtime: Path
         client_podman.install(str(path))
 
 
+def test_what_podman_runs_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "podman"
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    def says(text: str) -> None:
+        # It says so to who asks for "info", as real ones do for these members.
+        program.write_text(
+            f'#!/bin/sh\ncase "$*" in *" info --format {{{{.Host.CgroupManager}}}}"*) {text};; esac\n'
+        )
+        program.chmod(0o755)
+
+    says("echo 'cgroupfs|v2|/usr/bin/conmon|conmon version 2.1.12, commit: unknown'")
+    assert (
+        client_podman.surroundings()
+        == "cgroup manager cgroupfs (cgroups v2), monitor /usr/bin/conmon 2.1.12"
+    )
+    says("echo 'Error: could not find a working conmon binary' >&2; exit 125")
+    with pytest.raises(HostError, match="could not find a working conmon binary"):
+        client_podman.surroundings()
+    says("echo 'systemd|v1|/usr/bin/conmon|conmon version 2.1.6'")
+    monkeypatch.setattr(os.path, "isdir", lambda path: False)
+    with pytest.raises(HostError, match="which this host does not run") as caught:
+        client_podman.surroundings()
+    assert "cgroupfs" in caught.value.hint
+
+
 def test_podman_has_to_be_there_and_new_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(client_podman, "_WHERE", str(tmp_path))

@@ -20,6 +20,10 @@ from kata.cli import client_drop_in
 from kata.cli.client_edit import Edit, read
 from kata.errors import ConfigError, HostError
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
 DEFAULT_PATH = "/etc/containers/containers.conf.d/50-kata.conf"
 CLIENT = "podman"
 NAME = "kata"
@@ -55,26 +59,61 @@ class Podman:
         environment = dict(os.environ)
         if os.path.dirname(path) != os.path.dirname(DEFAULT_PATH):
             environment["CONTAINERS_CONF"] = path
-        # In directories that go again: podman makes its storage when it is asked anything.
-        with tempfile.TemporaryDirectory(prefix="kata-podman-") as work:
-            places = [f"--{name}={work}/{name}" for name in ("root", "runroot", "tmpdir")]
-            asked = ["info", "--format", "{{.Host.OCIRuntime.Path}}"]
-            command = [self.program, *places, "--storage-driver=vfs", "--runtime", NAME, *asked]
-            try:
-                done = subprocess.run(
-                    command, capture_output=True, text=True, timeout=_CHECK_S, check=False, env=environment
-                )
-            except (OSError, subprocess.SubprocessError) as error:
-                raise ConfigError(f"cannot ask {self.program} what it reads in {path}: {error}") from None
-        if done.returncode:
-            last = (done.stderr.strip() or "it gives no reason").splitlines()[-1]
-            raise ConfigError(f"podman refuses its configuration with {path}: {last}", "podman info")
-        found = done.stdout.strip()
+        try:
+            found = _info(self.program, "{{.Host.OCIRuntime.Path}}", "--runtime", NAME, env=environment)
+        except HostError as error:
+            raise ConfigError(
+                f"podman refuses its configuration with {path}: {error.message}", error.hint
+            ) from None
         if found != runtime:
             raise ConfigError(
                 f"podman takes {found or 'nothing'} for its runtime {NAME!r}, not {runtime}",
                 "grep -r kata /etc/containers ~/.config/containers: another file has a runtime of that name",
             )
+
+
+def _info(program: str, template: str, *options: str, env: Mapping[str, str] | None = None) -> str:
+    """What ``podman info`` says by a template.
+
+    Raises:
+        HostError: It says nothing.
+    """
+    # In directories that go again: podman makes its storage when it is asked anything.
+    with tempfile.TemporaryDirectory(prefix="kata-podman-") as work:
+        places = [f"--{name}={work}/{name}" for name in ("root", "runroot", "tmpdir")]
+        command = [program, *places, "--storage-driver=vfs", *options, "info", "--format", template]
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=_CHECK_S, check=False, env=env
+            )
+        except (OSError, subprocess.SubprocessError) as error:
+            raise HostError(f"{program} cannot be asked: {error}", "podman info") from None
+    if done.returncode:
+        last = (done.stderr.strip() or "it gives no reason").splitlines()[-1]
+        raise HostError(f"podman info: {last}", "podman info")
+    return done.stdout.strip()
+
+
+def surroundings() -> str:
+    """Who makes cgroups for podman, and its monitor, as a sentence's end.
+
+    Raises:
+        HostError: It has no monitor that works, or somebody makes its cgroups who is not there.
+    """
+    program = shutil.which("podman") or "podman"
+    template = (
+        "{{.Host.CgroupManager}}|{{.Host.CgroupsVersion}}|{{.Host.Conmon.Path}}|{{.Host.Conmon.Version}}"
+    )
+    manager, _, rest = _info(program, template).partition("|")
+    version, _, monitor = rest.partition("|")
+    path, _, said = monitor.partition("|")
+    if manager == "systemd" and not os.path.isdir("/run/systemd/system"):
+        raise HostError(
+            "its cgroup manager is systemd, which this host does not run",
+            'cgroup_manager = "cgroupfs" in [engine] of containers.conf',
+        )
+    number = re.search(r"version (\S+?),?(\s|$)", said)
+    return f"cgroup manager {manager} (cgroups {version}), monitor {path} {number[1] if number else said}".rstrip()
 
 
 def podman() -> Podman:

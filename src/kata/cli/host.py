@@ -12,7 +12,7 @@ import sys
 from kata import __version__, children, paths, sysio
 from kata.cli import table
 from kata.cli.args import Command, Option
-from kata.errors import KataError, UsageError
+from kata.errors import HostError, KataError, UsageError
 from kata.hypervisor import kvmprobe
 
 TYPE_CHECKING = False
@@ -212,6 +212,15 @@ def _cgroups() -> Check:
     missing = [name for name in host_cgroup.CONTROLLERS if not any(name in one.controllers for one in found)]
     if missing:
         return Check("cgroups", WARN, f"{text}; none with {' or '.join(missing)}")
+    closed = [one.top for one in found if not host_cgroup.may_divide(one.top)]
+    if closed:
+        return Check(
+            "cgroups",
+            WARN,
+            f"{text}; {' and '.join(closed)} {'is' if len(closed) == 1 else 'are'} not delegated to this user:"
+            " virtual machines run without limits on the host but their own size",
+            "docs/rootless.md says what differs from root",
+        )
     return Check("cgroups", OK, text)
 
 
@@ -305,7 +314,11 @@ def _podman(version: str) -> Check:
         return Check(
             "podman", WARN, f"{version}; its runtime {program} cannot be executed", "kata install podman"
         )
-    return Check("podman", OK, f"{version}; its runtime {client_podman.NAME!r} is {program}")
+    text = f"{version}; its runtime {client_podman.NAME!r} is {program}"
+    try:
+        return Check("podman", OK, f"{text}; {client_podman.surroundings()}")
+    except HostError as error:
+        return Check("podman", WARN, f"{text}; {error.message}", error.hint or "")
 
 
 def _cri(text: str) -> Check:

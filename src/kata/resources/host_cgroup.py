@@ -137,6 +137,16 @@ def hierarchies() -> list[Hierarchy]:
     return found
 
 
+def may_divide(top: str) -> bool:
+    """Whether this user may make leaves below the top of a hierarchy: root may, others where it is delegated to them.
+
+    Args:
+        top: Its directory.
+    """
+    parent = f"{top}/{PARENT}"
+    return os.access(parent if os.path.isdir(parent) else top, os.W_OK | os.X_OK)
+
+
 def others() -> list[tuple[str, list[str], str]]:
     """The other hierarchies of version 1, not in `hierarchies`: (mount point, controllers, our own place)."""
     taken = {one.top for one in hierarchies()}
