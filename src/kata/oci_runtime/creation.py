@@ -395,7 +395,10 @@ def _process(arguments: Arguments, record: Record) -> dict[str, Any]:
         process["terminal"] = bool(process.get("terminal")) or arguments.flag("tty")
         return process
     if not command:
-        raise UsageError("exec: no command", "kata-runtime exec ID COMMAND, or --process FILE")
+        raise UsageError(
+            "exec: no command, and no debug console of a sandbox is behind it here",
+            "kata-runtime exec ID COMMAND, or --process FILE; kata-runtime exec --help says what there is instead",
+        )
     config = _object(os.path.join(record.bundle, "config.json"), "its bundle has gone")
     process = dict(config.get("process") or {})
     process["args"] = command
