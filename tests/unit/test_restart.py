@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -58,6 +59,9 @@ def test_systemd_reads_the_unit(text: str, state: Path, monkeypatch: pytest.Monk
         return ""
 
     monkeypatch.setattr(restart, "_systemctl", systemctl)
+    monkeypatch.setenv("KATA_HYPERVISOR", "firecracker")
+    monkeypatch.setenv("KATA_CONF_FILE", '/with a $HOME, 5% and "that"')
+    monkeypatch.setenv(records.RESTART_UNIT, "of another")
     name, _, often = text.partition(":")
     pending = records.PendingContainer("web")
     restart.write_unit(pending, {"name": name, "max": int(often or 0)})
@@ -65,6 +69,10 @@ def test_systemd_reads_the_unit(text: str, state: Path, monkeypatch: pytest.Monk
     content = unit.read_text()
     assert ("StartLimitBurst=4" in content) == bool(often)
     assert ("ConditionPathExists=!" in content) == (name != "always")
+    # As the command was called, so do its restarts; $ has no meaning here, systemd.exec(5).
+    assert 'Environment="KATA_HYPERVISOR=firecracker"\n' in content
+    assert 'Environment="KATA_CONF_FILE=/with a $HOME, 5%% and \\"that\\""\n' in content
+    assert "of another" not in content
     assert f"Restart={'on-failure' if name == 'on-failure' else 'always'}\n" in content
     assert os.readlink(units / "multi-user.target.wants" / unit.name) == str(unit)
     assert told == [("daemon-reload",)]
@@ -75,3 +83,23 @@ def test_systemd_reads_the_unit(text: str, state: Path, monkeypatch: pytest.Monk
         assert unit.name not in checked.stderr, checked.stderr
     pending.discard()
     assert [path for path in units.rglob("*") if not path.is_dir()] == []
+
+
+@pytest.mark.parametrize("substate", ["running", "auto-restart"])
+def test_who_stops_it_by_hand_before_it_is_started_again(
+    substate: str, state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    def systemctl(*words: str, timeout_s: float | None = None) -> str:
+        told.append(words[0])
+        return f"{substate}\n"
+
+    monkeypatch.setattr(restart, "_systemctl", systemctl)
+    container = SimpleNamespace(id="abc", directory=str(state))
+    restart.mark_stopped(container)  # type: ignore[arg-type]
+    # A unit whose container runs ends as that does, with the grace that was asked for.
+    assert told == (["show", "stop"] if substate == "auto-restart" else ["show"])
+    assert restart.was_stopped(container)  # type: ignore[arg-type]
+    restart.begin(container)  # type: ignore[arg-type]
+    assert not restart.was_stopped(container)  # type: ignore[arg-type]

@@ -133,6 +133,7 @@ def _start(arguments: Arguments) -> int:
         if container.record.get("restart") and os.environ.get(records.RESTART_UNIT) == container.id:
             from kata.cli import restart
 
+            restart.begin(container)
             status = session.run_attached(
                 container, stdin=False, detach_keys=b"", started=restart.tell_started
             )

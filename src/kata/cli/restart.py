@@ -80,7 +80,11 @@ def unit_name(identity: str) -> str:
 def _text(pending: PendingContainer, policy: dict[str, Any]) -> str:
     command = " ".join(map(_quoted, launcher.command()))
     mark = pending.path(_MARK)
-    kept = [f"Environment={name}={_quoted(os.environ[name])}" for name in _VARIABLES if name in os.environ]
+    kept = [
+        f"Environment={_assigned(name, os.environ[name])}"
+        for name in sorted(os.environ)
+        if name == "PATH" or (name.startswith("KATA_") and name != _VARIABLE)
+    ]
     often = policy["max"]
     return "\n".join(
         [
@@ -116,12 +120,15 @@ def _text(pending: PendingContainer, policy: dict[str, Any]) -> str:
     )
 
 
-_VARIABLES = ("KATA_STATE_DIR", "KATA_RUN_DIR", "KATA_GUEST_DIR", "KATA_CONF_FILE", "PATH")
-
-
 def _escaped(text: str) -> str:
     """For a unit file, where % begins a specifier."""
     return text.replace("%", "%%")
+
+
+def _assigned(name: str, value: str) -> str:
+    """For ``Environment=``, where $ is a character as any other."""
+    plain = _escaped(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return f'"{name}={plain}"'
 
 
 def _quoted(text: str) -> str:
@@ -166,6 +173,12 @@ def _systemctl(*words: str, timeout_s: float | None = _MANAGER_S) -> str:
     return done.stdout
 
 
+def begin(container: Container) -> None:
+    """Note, in the unit, that the container is started: that it was stopped by hand before does not count any more."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(os.path.join(container.directory, _MARK))
+
+
 def tell_started() -> None:
     """Tell systemd that the container runs (sd_notify(3))."""
     import socket
@@ -182,8 +195,7 @@ def start(container: Container) -> None:
     Raises:
         HostError: It does not.
     """
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(os.path.join(container.directory, _MARK))
+    begin(container)  # or its condition would not hold
     name = unit_name(container.id)
     with contextlib.suppress(HostError):
         _systemctl("reset-failed", name)  # an earlier series of failures does not count any more
@@ -199,9 +211,15 @@ def start(container: Container) -> None:
 
 
 def mark_stopped(container: Container) -> None:
-    """Note that somebody stops the container by hand, before it ends: it is not to be started again."""
+    """Note that somebody stops the container by hand, before it ends: it is not to be started again. If it has ended
+    already and its unit is about to start it, it does not.
+    """
     with contextlib.suppress(OSError):
         sysio.replace_file(os.path.join(container.directory, _MARK), b"")
+    name = unit_name(container.id)
+    with contextlib.suppress(HostError):
+        if _systemctl("show", "-p", "SubState", "--value", name).startswith("auto-restart"):
+            _systemctl("stop", name)
 
 
 def was_stopped(container: Container) -> bool:
