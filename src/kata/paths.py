@@ -33,8 +33,11 @@ POOL = "pool"
 """Where in `run_dir` machines wait for a sandbox; beside it is the file that is locked while one is added."""
 NETWORKS = "networks"
 """Where in `run_dir` the namespaces of networks with a name are, and in `state_dir` what is known of them."""
+BUILD = "build"
+"""Where in `run_dir` and `state_dir` the storage of `kata build` is."""
 _OURS = frozenset(
     {
+        BUILD,
         "sandboxes",
         FACTORY,
         POOL,

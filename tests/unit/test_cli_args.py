@@ -211,7 +211,7 @@ def test_detach_keys() -> None:
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["buildx", "x"], "kata has no command 'buildx'\nhint: build with docker"),
+        (["buildx", "x"], "kata has no command 'buildx'\nhint: kata build"),
         (["run", "--rmi", "x"], "kata run has no option --rmi\nhint: kata rmi IMAGE afterwards"),
         (["run", "--net", "none", "x"], "it is called --network"),
         (["run", "--health-startup-cmd", "y", "x"], "--health-cmd and --health-start-period do it"),
@@ -222,7 +222,7 @@ def test_detach_keys() -> None:
         (["wait", "-a"], "name them: $(kata ps -aq)"),
         (["stop", "-a", "x"], "some are named, too"),
         (["stop"], "too few arguments"),
-        (["image", "build", "."], "docker build or podman build"),
+        (["image", "build", "/nowhere"], "'/nowhere' is no directory"),
         (["stop", "-f", "x"], "kata stop: unknown option -f"),
         (["prune", "networks"], "one of container, image, system"),
         (["run", "--nmae", "x", "y"], "did you mean --name?"),

@@ -45,6 +45,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("export", "write a container's files as a tar stream"),
     "commit": ("export", "make an image of a container's files"),
     "images": ("image", "list images"),
+    "build": ("build", "build an image from a Dockerfile; each RUN is in a machine of its own"),
     "pull": ("image", "fetch an image from a registry or an archive"),
     "push": ("registry_account", "send an image to a registry"),
     "rmi": ("image", "remove images"),

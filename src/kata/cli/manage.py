@@ -15,7 +15,7 @@ from kata.images import reference as references
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from typing import IO, Any
 
     from kata.cli.args import Arguments
@@ -98,15 +98,28 @@ def _tag(arguments: Arguments) -> int:
     wanted = references.parse_reference(text)
     if wanted.digest:
         raise UsageError(f"{text!r}: a tag cannot have a digest", f"kata tag {source} NAME:TAG")
-    found = store.find(source)
+    give_names(store.find(source), [str(wanted)])
+    return 0
+
+
+def give_names(found: store.Image, names: Iterable[str]) -> None:
+    """Give an image further names.
+
+    Args:
+        found: The image.
+        names: Whole references.
+
+    Raises:
+        ImageError: It was removed meanwhile.
+    """
     with changes.locked():
         index = store.Index()
         image = store.load(found.id, index)
         if image is None:
-            raise ImageError(f"the image {source} was removed meanwhile", "see `kata images`")
-        index.names[str(wanted)] = {"id": image.id, "origin": "local", "digest": image.digest}
+            raise ImageError(f"the image {found.id[:12]} was removed meanwhile", "see `kata images`")
+        for name in names:
+            index.names[name] = {"id": image.id, "origin": "local", "digest": image.digest}
         changes.write_index(index)
-    return 0
 
 
 def _history(arguments: Arguments) -> int:

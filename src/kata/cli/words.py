@@ -21,9 +21,8 @@ GROUPS = {
 }
 """Groups of commands -> those in them that are called otherwise here; the others are commands of the same name."""
 
-_IMAGES_ELSEWHERE = "build with docker, podman or buildah; kata runs what they make"
+_IMAGES_ELSEWHERE = "kata build builds for this machine; kata runs what docker, podman or buildah make"
 COMMANDS = {
-    "build": "docker build or podman build, and then kata run docker-archive:FILE",
     "buildx": _IMAGES_ELSEWHERE,
     "search": "search with docker, podman or skopeo, and kata pull NAME",
     "image": "kata images, kata pull, kata rmi",
@@ -43,7 +42,7 @@ COMMANDS = {
     "mount": "kata cp NAME:PATH DEST copies files out",
     "umount": "kata cp NAME:PATH DEST copies files out",
     "checkpoint": "kata pause NAME freezes a container while the machine is up",
-    "builder": "docker build or podman build, and then kata run docker-archive:FILE",
+    "builder": "kata build, or docker build and kata run docker-archive:FILE",
     "init": "the command is PID 1 of the container: put tini or dumb-init into the image if it has to reap",
     "machine": "each container has a machine of its own; kata explain NAME shows its size",
     "node": "kata is a runtime; clusters are Kubernetes': docs/kubernetes.md",
@@ -59,6 +58,27 @@ COMMANDS = {
 _RUN = "run create"
 _MANY = "start restart stop kill rm pause resume wait"
 OPTIONS: dict[str, dict[str, str]] = {
+    "build": {
+        "--rm --force-rm": "nothing of a build is left in any case",
+        "--layers": "steps are kept for the next build; --no-cache does without",
+        "--isolation --runtime-flag": "each RUN is in a machine of its own",
+        "--compress --disable-content-trust": "leave it out",
+        (
+            "--cgroup-parent --cgroupns --ipc --pid --userns --userns-gid-map --userns-gid-map-group "
+            "--userns-uid-map --userns-uid-map-user --uts"
+        ): "a machine shares no namespaces with the host",
+        (
+            "--add-host --all-platforms --annotation --arch --authfile --build-context --cache-from "
+            "--cache-to --cache-ttl --cap-add --cap-drop --cert-dir --cpp-flag --cpu-period --cpu-quota "
+            "--cpu-shares --cpuset-cpus --cpuset-mems --creds --decryption-key --device "
+            "--disable-compression --dns --dns-option --dns-search --env --format --from --hooks-dir "
+            "--http-proxy --identity-label --ignorefile --jobs --logfile --logsplit --manifest --memory "
+            "--memory-swap --no-hosts --omit-history --os --os-feature --os-version --output --platform "
+            "--retry --retry-delay --secret --security-opt --shm-size --sign-by --skip-unused-stages "
+            "--squash --squash-all --ssh --stdin --timestamp --tls-verify --ulimit --unsetenv --variant "
+            "--volume"
+        ): "podman can build with kata, too, and kata load takes the image: docs/builders.md",
+    },
     _RUN: {
         "--volumes-from": "give both containers the same -v SRC:DST",
         "--device-cgroup-rule": "--device HOST:CONTAINER:rwm",

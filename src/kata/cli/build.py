@@ -1,0 +1,303 @@
+"""`kata build`: buildah, or podman, builds an image whose RUN commands each are in a machine.
+
+There is no builder of our own: Dockerfiles, their cache and base images are the builder's. It is told to execute
+commands by `kata-runtime`, and what it has made is read as `kata load` reads it. Its storage is a directory of ours
+(`_directory`), in which one build is at work at a time. So what a build has left that was ended can be removed, by
+itself or by the next one, without looking at what else the user builds.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+
+from kata import launcher, paths, sysio
+from kata.cli import manage
+from kata.cli.args import Command, Option
+from kata.errors import HostError, KataError, UnsupportedError, UsageError
+from kata.images import reference as references
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from kata.cli.args import Arguments
+
+_BUILDERS = ("buildah", "podman")
+_RUNTIME = "kata-runtime"
+_END_S = 15.0
+"""How long a builder may take to end when it is told to."""
+_DETACH = 2
+"""MNT_DETACH, umount(2)."""
+_MADE = "localhost/kata-build:made"
+"""What the builder calls an image for which no name was asked."""
+
+COMMANDS = {
+    "build": Command(
+        "build",
+        "CONTEXT",
+        "Builds an image from a Dockerfile with buildah or podman; each RUN is in a machine of its own.",
+        [
+            Option("-t --tag", "NAME[:TAG]", "the image's name", many=True),
+            Option(
+                "-f --file",
+                "FILE",
+                "the Dockerfile; CONTEXT/Containerfile or CONTEXT/Dockerfile if not given",
+            ),
+            Option("--build-arg", "KEY=VALUE", "a value for an ARG", many=True),
+            Option("--label", "KEY=VALUE", "a label of the image", many=True),
+            Option("--target", "STAGE", "stop after this stage"),
+            Option("--network", "none", "RUN has no network"),
+            Option("--no-cache", "", "execute each step again"),
+            Option("--pull", "", "fetch base images again"),
+            Option("--iidfile", "FILE", "write the image's id to a file"),
+            Option("-q --quiet", "", "show nothing but the image's id"),
+        ],
+        least=1,
+        most=1,
+        notes="buildah or podman has to be installed (apt-get install buildah), and root has to call it. FROM takes\n"
+        "images of registries; they and the steps that are kept for the next build are in $KATA_STATE_DIR/build,\n"
+        "which may be removed. One build runs at a time.",
+    )
+}
+
+
+def _directory() -> str:
+    return os.path.join(paths.state_dir(), paths.BUILD)
+
+
+def builder() -> str:
+    """The path of the builder.
+
+    Raises:
+        HostError: There is none.
+    """
+    for name in _BUILDERS:
+        if found := shutil.which(name):
+            return found
+    raise HostError(
+        "kata build needs buildah or podman, and neither is on the PATH",
+        "apt-get install buildah; or build elsewhere, and kata load",
+    )
+
+
+class _Build:
+    """The builder, at work in our storage.
+
+    Args:
+        program: Its path.
+        directory: For this build alone; the caller removes it.
+    """
+
+    def __init__(self, program: str, directory: str) -> None:
+        self.program = program
+        self.is_podman = os.path.basename(program) == "podman"
+        self.directory = directory
+        self.containers = os.path.join(paths.run_dir(), "oci", paths.BUILD)
+        self.runtime = os.path.join(directory, _RUNTIME)
+        self._write_runtime()
+
+    def _write_runtime(self) -> None:
+        """A builder calls a runtime without most of the caller's environment."""
+        import shlex
+
+        # The one of this installation, whichever is on the PATH.
+        package = os.path.dirname(launcher.command()[-1])
+        program = [*launcher.command()[:-1], os.path.join(package, "oci_runtime", "__main__.py")]
+        kept = {name: value for name, value in os.environ.items() if name.startswith("KATA_")}
+        exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in kept.items())
+        words = shlex.join([*program, "--root", self.containers])
+        with open(self.runtime, "w", encoding="utf-8") as file:
+            os.fchmod(file.fileno(), 0o700)
+            file.write(f'#!/bin/sh\n{exports}exec {words} "$@"\n')
+
+    def command(self, *words: str) -> list[str]:
+        """The builder's argument vector for one of its commands."""
+        run_root = os.path.join(paths.run_dir(), paths.BUILD)
+        where = [f"--root={os.path.join(_directory(), 'storage')}", f"--runroot={run_root}"]
+        if self.is_podman:
+            where.append(f"--tmpdir={run_root}/libpod")
+        return [self.program, *where, *words]
+
+    def run(self, words: Sequence[str], *, quiet: bool = True) -> None:
+        """Run a command of the builder to its end; with Ctrl-C, to an early one.
+
+        Raises:
+            HostError: It failed.
+        """
+        parent = os.getpid()
+        output = subprocess.PIPE if quiet else None
+        # In a group of its own: Ctrl-C is for this process, which then ends the builder.
+        with subprocess.Popen(
+            words,
+            stdin=subprocess.DEVNULL if quiet else None,
+            stdout=subprocess.DEVNULL if quiet else sys.stderr,
+            stderr=output,
+            process_group=0,
+            preexec_fn=lambda: sysio.die_with_parent(parent),
+        ) as child:
+            try:
+                said = child.communicate()[1] or b""
+            except BaseException:
+                child.send_signal(signal.SIGTERM)
+                try:
+                    child.wait(_END_S)
+                except subprocess.TimeoutExpired:
+                    child.kill()
+                raise
+        if child.returncode:
+            lines = said.decode(errors="replace").strip().splitlines()
+            reason = f": {lines[-1]}" if lines else f" (exit status {child.returncode})"
+            raise HostError(
+                f"{os.path.basename(self.program)} could not build the image{reason}",
+                "" if not quiet else "without -q it says more",
+            )
+
+    def clear(self) -> None:
+        """Remove what a build has left that was ended: containers of the runtime, and of the builder.
+
+        Raises:
+            HostError: Something cannot be removed.
+        """
+        try:
+            for identity in os.listdir(self.containers):
+                subprocess.run(
+                    [self.runtime, "delete", "--force", identity],
+                    stdin=subprocess.DEVNULL,
+                    capture_output=True,
+                    check=False,
+                )
+        except FileNotFoundError:
+            pass
+        if not os.path.isdir(os.path.join(_directory(), "storage")):
+            return
+        try:
+            if not self.is_podman:
+                self.run(self.command("rm", "--all"))
+            elif left := self._left():
+                self.run(self.command("rm", "--force", *left))
+        finally:
+            self._unmount()
+
+    def _left(self) -> list[str]:
+        """podman's containers; those of a build are another program's to it."""
+        words = self.command("ps", "--all", "--external", "--quiet")
+        return subprocess.run(words, capture_output=True, text=True, check=False).stdout.split()
+
+    def _unmount(self) -> None:
+        """Undo what the builder's storage mounts for as long as the host is up."""
+        below = os.path.realpath(_directory()) + "/"
+        for mount in reversed(sysio.mounts()):
+            if mount.target.startswith(below):
+                sysio.umount2(mount.target, _DETACH)
+
+
+def _arguments(arguments: Arguments, context: str, iid: str) -> list[str]:
+    words = ["--isolation=oci", "--layers", f"--iidfile={iid}"]
+    words += ["--tag", next(iter(arguments.many("tag")), _MADE)]
+    for key in ("file", "target", "network"):
+        if (value := arguments.value(key)) is not None:
+            words.append(f"--{key}={value}")
+    for key in ("build_arg", "label"):
+        words += [f"--{key.replace('_', '-')}={value}" for value in arguments.many(key)]
+    if arguments.flag("no_cache"):
+        words.append("--no-cache")
+    if arguments.flag("pull"):
+        words.append("--pull-always")
+    if arguments.flag("quiet"):
+        words.append("--quiet")
+    return [*words, context]
+
+
+def _build(arguments: Arguments) -> int:
+    context = arguments.rest[0]
+    names = [_name(text) for text in arguments.many("tag")]
+    if "://" not in context and not os.path.isdir(context):
+        raise UsageError(f"the context {context!r} is no directory", "kata build -t NAME .")
+    if arguments.value("network") not in (None, "none"):
+        raise UsageError(
+            f"--network {arguments.value('network')!r} is not offered for RUN: a machine has a network of its own",
+            "none, or leave it out",
+        )
+    if sysio.in_user_namespace():
+        raise UnsupportedError(
+            "kata build needs root: an ordinary user's builder has a user namespace of its own",
+            "sudo kata build, or podman build and kata load",
+        )
+    program = builder()
+    directory = os.path.join(_directory(), "work")
+    with _alone(), _made_anew(directory):
+        build = _Build(program, directory)
+        build.clear()
+        iid = os.path.join(directory, "iid")
+        archive = os.path.join(directory, "image.tar")
+        try:
+            build.run(_command(build, arguments, context, iid), quiet=arguments.flag("quiet"))
+            with open(iid, encoding="ascii") as file:
+                identity = file.read().strip().removeprefix("sha256:")
+            if build.is_podman:
+                build.run(build.command("save", "--format=docker-archive", f"--output={archive}", identity))
+            else:
+                build.run(build.command("push", identity, f"docker-archive:{archive}"))
+        finally:
+            _clear_quietly(build)
+        [image] = manage.load_file(archive, quiet=True)
+    manage.give_names(image, names)
+    if (path := arguments.value("iidfile")) is not None:
+        with open(path, "w", encoding="ascii") as file:
+            file.write(image.id)
+    print(image.id)
+    return 0
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Wait until no other build is at work."""
+    paths.make_dirs(_directory(), 0o700)
+    with sysio.Fd(os.open(f"{_directory()}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)) as lock:
+        fcntl.flock(lock.raw, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _made_anew(directory: str) -> Iterator[None]:
+    """An empty directory, which goes at the end. That of a build that was killed goes now."""
+    shutil.rmtree(directory, ignore_errors=True)
+    paths.make_dirs(directory, 0o700)
+    try:
+        yield
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _command(build: _Build, arguments: Arguments, context: str, iid: str) -> list[str]:
+    words = _arguments(arguments, context, iid)
+    if build.is_podman:
+        return build.command(f"--runtime={build.runtime}", "build", *words)
+    return build.command("build", f"--runtime={build.runtime}", *words)
+
+
+def _clear_quietly(build: _Build) -> None:
+    """What there is to tell is told already."""
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        build.clear()
+    except (KataError, OSError):
+        pass  # the next build tries again
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
+
+def _name(text: str) -> str:
+    wanted = references.parse_reference(text)
+    if wanted.digest or text.partition(":")[0] in references.LOCAL_KINDS:
+        raise UsageError(f"--tag {text!r} is no name of an image", "kata build -t NAME[:TAG] CONTEXT")
+    return str(wanted)
+
+
+HANDLERS = {"build": _build}
