@@ -1,7 +1,7 @@
 # `make run` on a fresh Debian 12 or 13 is the place to start. All the work is in tools/.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test screenshots coverage test-kvm test-user conformance inspect-suite kvm-lab lint check-imports format bench-start bench-agent bench-pods bench-network bench-files bench-overhead bench-hypervisors bench-scrape bench-beside bench-performance faults endurance hostile work fuzz-agent install uninstall prove-bare clean
+.PHONY: help setup run test screenshots coverage test-kvm test-user conformance inspect-suite kvm-lab lint check-imports format bench-start bench-agent bench-pods bench-network bench-networks bench-files bench-overhead bench-hypervisors bench-scrape bench-beside bench-performance faults endurance hostile work fuzz-agent install uninstall prove-bare clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -72,6 +72,10 @@ bench-pods: ## thirty pods at once, beside one alone and beside runc; A='--pods 
 bench-network: ## a pod's network to its host, beside runc's; A='--seconds 10 --rounds 9'
 	@tools/setup test
 	@bench/network $(A)
+
+bench-networks: ## networks with a name: requests beside runc, 100 containers, set-up beside netavark; A='life --containers 20'
+	@tools/setup test
+	@bench/networks $(A)
 
 bench-beside: ## this checkout beside another one that is set up; A='CHECKOUT --rounds 9'
 	@tools/setup test
