@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 
 from kata import paths
-from kata.errors import ImageError, RegistryError
+from kata.errors import ImageError
 from kata.images import archive, changes, layout, manifest, store
 from kata.images.convert import Source, make_rootfs
-from kata.images.progress import Terminal
+from kata.images.progress import KEPT_AFTER, Terminal
 from kata.images.reference import LocalImage, Reference
 from kata.storage.layers import limits_from_environment
 
@@ -56,7 +56,7 @@ def acquire(
             tag = what.tag if isinstance(what, LocalImage) else ""
             top = source.choose(tag, wanted)
             return _add(source, top, what, wanted, stamp, report)
-        except (RegistryError, KeyboardInterrupt):
+        except KEPT_AFTER:
             keep = True  # the next attempt continues from here
             raise
         finally:

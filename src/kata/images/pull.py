@@ -7,12 +7,14 @@ import queue
 import shutil
 import threading
 import time
+from functools import partial
 from typing import BinaryIO
 
 from kata import paths
 from kata.errors import ImageError, KataError, RegistryError, ResourceExhaustedError
 from kata.images import changes, manifest, store
 from kata.images.manifest import Descriptor
+from kata.images.progress import LAYER
 from kata.images.registry import Registry
 from kata.storage.layers import limits_from_environment
 
@@ -29,7 +31,7 @@ class RegistrySource:
 
     Args:
         reference: Reference of the image.
-        progress: Called with ``pull``.
+        progress: Called with ``pull`` and, for each layer, ``layer DIGEST``.
     """
 
     def __init__(self, reference: Reference, progress: store.Progress) -> None:
@@ -41,7 +43,7 @@ class RegistrySource:
         self._documents: dict[str, bytes] = {}
         self._directory = ""
         self._lock = threading.Lock()
-        self._done = 0
+        self._done: dict[str, int] = {}
         self._total = 0
         self._waiting: queue.SimpleQueue[Descriptor] = queue.SimpleQueue()
         self._arrived: dict[str, threading.Event] = {}
@@ -85,8 +87,10 @@ class RegistrySource:
                 "free some space, or `kata gc`",
             )
         for layer in different.values():
+            self._done[layer.digest] = 0
             self._arrived[layer.digest] = threading.Event()
             self._waiting.put(layer)
+            self._tick(layer, 0)
         for number in range(min(_AT_ONCE, len(different))):
             thread = threading.Thread(target=self._fetch, daemon=True, name=f"pull-{number}")
             thread.start()
@@ -126,7 +130,7 @@ class RegistrySource:
             except queue.Empty:
                 return
             try:
-                self._registry.download(layer, self._path(layer), self._tick)
+                self._registry.download(layer, self._path(layer), partial(self._tick, layer))
             except BaseException as error:
                 self._failed[layer.digest] = self._named(error)
             self._arrived[layer.digest].set()
@@ -141,7 +145,8 @@ class RegistrySource:
     def _path(self, layer: Descriptor) -> str:
         return os.path.join(self._directory, store.hex_of(layer.digest))
 
-    def _tick(self, size: int) -> None:
+    def _tick(self, layer: Descriptor, size: int) -> None:
         with self._lock:
-            self._done += size
-            self._progress("pull", self._done, self._total)
+            self._done[layer.digest] += size
+            self._progress(LAYER + store.hex_of(layer.digest), self._done[layer.digest], layer.size)
+            self._progress("pull", sum(self._done.values()), self._total)
