@@ -31,8 +31,9 @@ and of the help of the versions named in the tables; change it there.
 
 ## What differs
 
-* Errors of `kata` itself exit with 125, those of usage included; `docker inspect`, `rm` and the like exit with 1.
-* `kata ps` and `kata images` have tables of their own; `--format` prints theirs. Container ids have 32 digits.
+* Errors of `kata` itself exit with 125, those of usage included; what cannot be removed (`rm`, `rmi`, `volume rm`,
+  `network rm`) with 1. For all else Docker exits with 1 and Podman with 125.
+* Container ids have 32 digits.
 * `kata run -d` prints the whole id, as they do. Progress and hints go to stderr.
 * `--group-add` takes numbers. `--memory-swap` can only be the same as `-m`: the machine has no swap.
   `--cpuset-cpus` means nothing to a machine with processors of its own: `--cpus N` is how many it has.

@@ -63,7 +63,7 @@ def test_life_of_a_volume(state: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert said(capsys, "inspect", "-f", "{{.Labels.kind}} {{.Labels.none}}", "data") == "test <no value>\n"
 
     box = with_volume("box", "data")
-    assert "in use by the container box" in said(capsys, "rm", "data", status=125)
+    assert "in use by the container box" in said(capsys, "rm", "data", status=1)
     assert said(capsys, "ls", "-qf", "dangling=false") == "data\n"
     assert nameless in said(capsys, "prune", "-f")
     assert said(capsys, "prune", "-af") == "Total reclaimed space: 0B\n"
@@ -71,7 +71,7 @@ def test_life_of_a_volume(state: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert said(capsys, "prune", "-f") == "Total reclaimed space: 0B\n"
     assert said(capsys, "rm", "data") == "data\n"
     assert list((state / "volumes").iterdir()) == []
-    assert "there is no volume 'data'" in said(capsys, "rm", "data", status=125)
+    assert "there is no volume 'data'" in said(capsys, "rm", "data", status=1)
     assert said(capsys, "rm", "-f", "data") == ""
 
 
@@ -98,7 +98,7 @@ def test_prune_asks(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monk
     ],
 )
 def test_mistakes(state: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
-    assert message in said(capsys, *words, status=125)
+    assert message in said(capsys, *words, status=1 if words[0] == "rm" and len(words) > 1 else 125)
     assert not list((state / "volumes").glob("*"))
 
 

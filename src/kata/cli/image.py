@@ -31,6 +31,8 @@ _FIELDS = {
     "Platform": "PLATFORM",
 }
 """The fields of --format, with the headings of its tables."""
+_REST = "\t{{.ID}}\t{{.CreatedSince}}\t{{.Size}}"
+"""The columns of the table behind those for the name."""
 _NOTES = f"""\
 filters: before, dangling, label, reference (a pattern), since, until
 fields of --format: {" ".join(_FIELDS)}
@@ -117,22 +119,11 @@ def _images(arguments: Arguments) -> int:
         for image in images:
             print(shorten(image.id))
         return 0
-    form = arguments.value("format")
-    if form is not None:
-        from kata.cli.template import show_rows
+    from kata.cli.template import show_rows
 
-        show_rows(form, [row for image in images for row in _fields(image, shorten)], _FIELDS)
-        return 0
-    digests = arguments.flag("digests")
-    rows = []
-    for image in images:
-        for name in image.names or ["<none>"]:
-            created = f"{table.age(image.created)} ago" if image.created else "unknown"
-            digest = [image.digest] if digests else []
-            size = table.human_size(image.size)
-            rows.append([name, *digest, shorten(image.id), image.platform, created, size])
-    headings = ["NAME", *(["DIGEST"] if digests else []), "IMAGE ID", "PLATFORM", "CREATED", "SIZE"]
-    table.show(headings, rows)
+    digest = "\t{{.Digest}}" if arguments.flag("digests") else ""
+    form = arguments.value("format") or f"table {{{{.Repository}}}}\t{{{{.Tag}}}}{digest}{_REST}"
+    show_rows(form, [row for image in images for row in _fields(image, shorten)], _FIELDS)
     return 0
 
 
@@ -169,7 +160,7 @@ def _pull(arguments: Arguments) -> int:
 
 
 def _rmi(arguments: Arguments) -> int:
-    from kata.cli.report import raise_first
+    from kata.cli.report import REMOVING, raise_first
 
     force = arguments.flag("force")
     failures: list[KataError] = []
@@ -180,7 +171,7 @@ def _rmi(arguments: Arguments) -> int:
         except KataError as error:
             if not (force and error.grpc_code == 5):
                 failures.append(error)
-    raise_first(failures)
+    raise_first(failures, REMOVING)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""`kata inspect`: everything about containers and images as JSON, or what a template picks from it.
+"""`kata inspect` and `exists`: everything about containers and images as JSON, or what a template picks from it.
 
 A container has the members that tools look for under Docker's names (``State.Status``, ``NetworkSettings.Ports``,
 ``Mounts``) beside those of its record.
@@ -33,21 +33,52 @@ COMMANDS = {
         [
             Option("-f --format", "TEMPLATE|json", "print what a Go template picks: '{{.State.Status}}'"),
             Option("--type", "container|image", "look only for one of these; by default, a container first"),
+            Option("-l --latest", "", "the container that was made last"),
             Option("--json", "", "print JSON; the default"),
         ],
-        least=1,
         notes="A container has Docker's members (Id, State, Config, HostConfig, Mounts, NetworkSettings) beside\n"
         "those of its own record. docs/docker-users.md lists what templates may have.",
     ),
+    "exists": Command(
+        "exists",
+        "CONTAINER | IMAGE",
+        "Ends with 0 if there is such a container or image, and with 1 if not. Nothing is printed.",
+        [Option("--type", "container|image", "look only for one of these")],
+        least=1,
+        most=1,
+    ),
 }
+
+
+def _kind(arguments: Arguments) -> str | None:
+    kind = arguments.value("type")
+    if kind is not None and kind not in _TYPES:
+        raise UsageError(f"--type {kind!r} is not offered", "choose one of: container, image")
+    return kind
+
+
+def _exists(arguments: Arguments) -> int:
+    [reference], kind = arguments.rest, _kind(arguments)
+    if kind != "image" and records.find_or_none(reference) is not None:
+        return 0
+    if kind == "container":
+        return 1
+    from kata.images import store
+
+    try:
+        store.find(reference)
+    except NotFoundError:
+        return 1
+    return 0
 
 
 def _inspect(arguments: Arguments) -> int:
     from kata.cli.report import raise_first
 
-    kind, form = arguments.value("type"), arguments.value("format")
-    if kind is not None and kind not in _TYPES:
-        raise UsageError(f"--type {kind!r} is not offered", "choose one of: container, image")
+    kind, form = _kind(arguments), arguments.value("format")
+    if arguments.flag("latest"):
+        arguments.rest.append(records.latest().id)
+    COMMANDS["inspect"].need(arguments.rest, 1)
     template = None
     if form is not None and form != "json":
         from kata.cli.template import Template, emit
@@ -334,4 +365,4 @@ def repository(name: str) -> str:
     return head if colon and "/" not in tag else name
 
 
-HANDLERS = {"inspect": _inspect}
+HANDLERS = {"inspect": _inspect, "exists": _exists}

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 _GRACE = 10
 
 _ALL = "-a --all"
+_LATEST = Option("-l --latest", "", "the container that was made last")
+_IGNORE = Option("-i --ignore", "", "no error for those that are not there")
 COMMANDS = {
     "start": Command(
         "start",
@@ -31,6 +33,7 @@ COMMANDS = {
             Option("-a --attach", "", "stay, show the output and end with the container's exit code"),
             Option("-i --interactive", "", "also connect standard input (implies --attach)"),
             Option("--all", "", "all containers that do not run"),
+            _LATEST,
         ],
     ),
     "restart": Command(
@@ -40,6 +43,7 @@ COMMANDS = {
         [
             Option("-t --time", "SECONDS", f"how long to wait between SIGTERM and SIGKILL ({_GRACE})"),
             Option(_ALL, "", "all containers"),
+            _LATEST,
         ],
     ),
     "stop": Command(
@@ -49,6 +53,8 @@ COMMANDS = {
         [
             Option("-t --time", "SECONDS", f"how long to wait between the two ({_GRACE}); 0 kills at once"),
             Option(_ALL, "", "all containers that run"),
+            _LATEST,
+            _IGNORE,
         ],
     ),
     "kill": Command(
@@ -58,6 +64,7 @@ COMMANDS = {
         [
             Option("-s --signal", "SIGNAL", "name or number (KILL)"),
             Option(_ALL, "", "all containers that run"),
+            _LATEST,
         ],
     ),
     "rm": Command(
@@ -68,26 +75,35 @@ COMMANDS = {
             Option("-f --force", "", "kill them first if they run; no error if there is none"),
             Option("-v --volumes", "", "accepted; volumes are always removed with their container"),
             Option(_ALL, "", "all containers"),
+            _LATEST,
+            _IGNORE,
         ],
     ),
     "pause": Command(
-        "pause", "CONTAINER...", "Freezes all processes of containers.", [Option(_ALL, "", "all that run")]
+        "pause",
+        "CONTAINER...",
+        "Freezes all processes of containers.",
+        [Option(_ALL, "", "all that run"), _LATEST],
     ),
     "resume": Command(
-        "resume", "CONTAINER...", "Resumes paused containers.", [Option(_ALL, "", "all that are paused")]
+        "resume",
+        "CONTAINER...",
+        "Resumes paused containers.",
+        [Option(_ALL, "", "all that are paused"), _LATEST],
     ),
     "wait": Command(
-        "wait", "CONTAINER...", "Waits until containers end and prints their exit codes.", least=1
+        "wait", "CONTAINER...", "Waits until containers end and prints their exit codes.", [_LATEST]
     ),
 }
 
 
-def each(references: list[str], act: Callable[[Container], str | None]) -> int:
+def each(references: list[str], act: Callable[[Container], str | None], exit_code: int | None = None) -> int:
     """Call *act* for several containers. It goes on after a failure and raises the first one at the end.
 
     Args:
         references: Names or ids of containers, as the user wrote them.
         act: Does it to one. What it returns is printed; the reference itself if it returns None.
+        exit_code: See `report.raise_first`.
     """
     from kata.cli.report import raise_first
 
@@ -99,7 +115,7 @@ def each(references: list[str], act: Callable[[Container], str | None]) -> int:
             failures.append(error)
         else:
             print(reference if shown is None else shown, flush=True)
-    raise_first(failures)
+    raise_first(failures, exit_code)
     return 0
 
 
@@ -109,8 +125,16 @@ _ANY = (records.CREATED, records.RUNNING, records.PAUSED, records.EXITED)
 
 def _chosen(arguments: Arguments, command: str, states: tuple[str, ...] = (records.RUNNING,)) -> list[str]:
     """The containers that a command line names; with ``--all``, the ids of those in one of these states."""
-    if not arguments.flag("all"):
+    if arguments.flag("latest"):
+        if arguments.rest or ("all" in arguments and arguments.flag("all")):
+            raise UsageError(
+                "--latest is about one container, and others are asked for, too", "leave out one"
+            )
+        return [records.latest().id]
+    if "all" not in arguments or not arguments.flag("all"):
         COMMANDS[command].need(arguments.rest, 1)
+        if "ignore" in arguments and arguments.flag("ignore"):
+            return [text for text in arguments.rest if records.find_or_none(text) is not None]
         return arguments.rest
     if arguments.rest:
         raise UsageError(
@@ -252,34 +276,45 @@ def _kill(arguments: Arguments) -> int:
     return each(_chosen(arguments, "kill"), act)
 
 
+def remove(container: Container, force: bool) -> None:
+    """Remove a container.
+
+    Args:
+        container: The container.
+        force: Kill it first if it runs.
+
+    Raises:
+        StateError: It runs, or its engine does not end.
+    """
+    status = container.state()["status"]
+    if _is_restarted(container) and (force or status not in (records.RUNNING, records.PAUSED)):
+        from kata.cli import restart
+
+        restart.forget(container)  # it may be about to be started once more
+        status = container.state()["status"]
+    if status in (records.RUNNING, records.PAUSED):
+        if not force:
+            raise StateError(
+                f"container {container.name} is {status}",
+                f"kata stop {container.name}, or kata rm -f {container.name}",
+            )
+        stop(container, 0, force=True)
+    if not wait_for_engine(container, tell=force):
+        raise StateError(session.occupied(container), f"try again, or kata rm -f {container.name}")
+    if records.load(container.id) is not None:
+        records.remove(container)
+        if _is_restarted(container):
+            restart.reload()
+
+
 def _rm(arguments: Arguments) -> int:
     force = arguments.flag("force")
-
-    def act(container: Container) -> None:
-        status = container.state()["status"]
-        if _is_restarted(container) and (force or status not in (records.RUNNING, records.PAUSED)):
-            from kata.cli import restart
-
-            restart.forget(container)  # it may be about to be started once more
-            status = container.state()["status"]
-        if status in (records.RUNNING, records.PAUSED):
-            if not force:
-                raise StateError(
-                    f"container {container.name} is {status}",
-                    f"kata stop {container.name}, or kata rm -f {container.name}",
-                )
-            stop(container, 0, force=True)
-        if not wait_for_engine(container, tell=force):
-            raise StateError(session.occupied(container), f"try again, or kata rm -f {container.name}")
-        if records.load(container.id) is not None:
-            records.remove(container)
-            if _is_restarted(container):
-                restart.reload()
-
     references = _chosen(arguments, "rm", _ANY)
     if force:
         references = [reference for reference in references if records.find_or_none(reference) is not None]
-    return each(references, act)
+    from kata.cli.report import REMOVING
+
+    return each(references, lambda container: remove(container, force), REMOVING)
 
 
 # ---- pause, resume, wait ----
@@ -332,7 +367,7 @@ def wait(container: Container) -> int:
 
 
 def _wait(arguments: Arguments) -> int:
-    return each(arguments.rest, lambda container: str(wait(container)))
+    return each(_chosen(arguments, "wait"), lambda container: str(wait(container)))
 
 
 HANDLERS = {

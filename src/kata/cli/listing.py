@@ -71,6 +71,7 @@ COMMANDS = {
         [
             Option("--guest", "", "the console of the guest instead: its kernel's and its agent's lines"),
             Option("--engine", "", "the log of the engine instead"),
+            Option("-l --latest", "", "the container that was made last"),
             Option("-f --follow", "", "continue until the container ends"),
             Option("-t --timestamps", "", "prefix each line with its time"),
             Option("-n --tail", "N|all", "only the last N lines"),
@@ -80,7 +81,6 @@ COMMANDS = {
             Option("--until", "TIME", "only what was written before"),
             Option("--json", "", "print the records as JSON, one a line"),
         ],
-        least=1,
         most=1,
         notes="With --guest and --engine CONTAINER may be a sandbox or container of any client, by name or id, while it"
         " runs.",
@@ -170,14 +170,14 @@ def _ps(arguments: Arguments) -> int:
             [
                 container.id if full else container.id[:12],
                 record["image"]["reference"],
-                _command(record["args"], full),
+                f'"{_command(record["args"], full)}"',
                 f"{table.age(record['created_at'])} ago",
                 status_text(container, state),
                 ", ".join(map(port_text, record["ports"])),
                 container.name,
             ]
         )
-    table.show(["CONTAINER ID", "IMAGE", "COMMAND", "CREATED", "STATUS", "PORTS", "NAME"], rows)
+    table.show(["CONTAINER ID", "IMAGE", "COMMAND", "CREATED", "STATUS", "PORTS", "NAMES"], rows)
     return 0
 
 
@@ -267,6 +267,11 @@ def need_running(container: Container) -> dict[str, Any]:
 
 
 def _logs(arguments: Arguments) -> int:
+    if arguments.flag("latest"):
+        if arguments.rest:
+            raise UsageError("--latest is about one container, and one is named, too", "leave out one")
+        arguments.rest.append(records.latest().id)
+    COMMANDS["logs"].need(arguments.rest, 1)
     tail = _tail_count(arguments.value("tail"))
     guest, engine = arguments.flag("guest"), arguments.flag("engine")
     if guest or engine:

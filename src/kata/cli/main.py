@@ -36,6 +36,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "logs": ("listing", "show a container's output"),
     "port": ("listing", "list a container's published ports"),
     "inspect": ("inspect", "show everything about containers and images as JSON"),
+    "exists": ("inspect", "tell by the exit status whether there is such a container or image"),
     "events": ("events", "show what happened to sandboxes and containers, and what happens now"),
     "healthcheck": ("healthcheck", "run the health check of a container once"),
     "stats": ("listing", "show the resource usage of containers"),
@@ -62,6 +63,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "logout": ("registry_account", "forget the credentials for a registry"),
     "explain": ("explain", "explain the size of a sandbox: the formula with its numbers"),
     "config": ("config", "show the configuration and where it comes from, or check a file"),
+    "df": ("disk_usage", "show what images, containers and volumes take on the disk"),
     "info": ("manage", "show how many containers and images there are, and what they run on"),
     "doctor": ("host", "check what this machine supports, and show how to fix what it does not"),
     "gc": ("host", "remove what crashed sandboxes left behind"),
@@ -108,7 +110,12 @@ def dispatch(argv: Sequence[str]) -> int:
             return dispatch([argv[1], "--help"])
         (sys.stdout if argv else sys.stderr).write(_help())
         return 0 if argv else 125
-    name = "version" if argv[0] in ("-v", "--version") else argv[0]
+    name = argv[0]
+    if name in ("-v", "--version"):
+        from kata import __version__
+
+        sys.stdout.write(f"kata version {__version__}\n")  # one line, as Docker has it
+        return 0
     entry = COMMANDS.get(name)
     if entry is None:
         if name == "__complete":  # for the shells' completion scripts
@@ -124,6 +131,8 @@ def dispatch(argv: Sequence[str]) -> int:
             return dispatch(meant)
         if instead := words.about_command(meant[0]):
             raise UsageError(f"kata has no command {name!r}", instead)
+        if name.startswith("-"):
+            raise UsageError(f"kata itself has no option {name!r}", "options follow the command: kata ps -a")
         near = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f"did you mean 'kata {near[0]}'?" if near else "'kata --help' lists the commands"
         raise UsageError(f"unknown command {name!r}", hint)

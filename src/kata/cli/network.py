@@ -86,6 +86,13 @@ SUBCOMMANDS = {
         [Option("-f --format", "TEMPLATE|json", "print what a Go template picks: '{{.Driver}}'")],
         least=1,
     ),
+    "exists": Command(
+        "network exists",
+        "NETWORK",
+        "Ends with 0 if there is such a network, and with 1 if not.",
+        least=1,
+        most=1,
+    ),
     "prune": Command(
         "network prune",
         "",
@@ -111,7 +118,7 @@ def _listed() -> str:
 COMMANDS = {
     "network": Command(
         "network",
-        "create|connect|disconnect|ls|rm|inspect|prune [ARG...]",
+        "create|connect|disconnect|ls|rm|inspect|exists|prune [ARG...]",
         "Makes, lists and removes networks, in which containers find each other by name.",
         least=1,
         interspersed=False,
@@ -233,7 +240,7 @@ def _ls(arguments: Arguments) -> int:
     return 0
 
 
-def _each(names: list[str], act: Callable[[str], None]) -> None:
+def _each(names: list[str], act: Callable[[str], None], exit_code: int | None = None) -> None:
     from kata.cli.report import raise_first
 
     failures: list[KataError] = []
@@ -243,10 +250,12 @@ def _each(names: list[str], act: Callable[[str], None]) -> None:
         except KataError as error:
             failures.append(error)
     sys.stdout.flush()
-    raise_first(failures)
+    raise_first(failures, exit_code)
 
 
 def _rm(arguments: Arguments) -> int:
+    from kata.cli.report import REMOVING
+
     force = arguments.flag("force")
 
     def act(name: str) -> None:
@@ -259,7 +268,7 @@ def _rm(arguments: Arguments) -> int:
             return
         print(name)
 
-    _each(arguments.rest, act)
+    _each(arguments.rest, act, REMOVING)
     return 0
 
 
@@ -290,6 +299,14 @@ def _inspect(arguments: Arguments) -> int:
     return 0
 
 
+def _exists(arguments: Arguments) -> int:
+    try:
+        networks.find(arguments.rest[0])
+    except NotFoundError:
+        return 1
+    return 0
+
+
 def _prune(arguments: Arguments) -> int:
     from kata.cli import filters
     from kata.cli.manage import agreed, show_gone
@@ -315,6 +332,7 @@ _HANDLERS = {
     "ls": _ls,
     "rm": _rm,
     "inspect": _inspect,
+    "exists": _exists,
     "prune": _prune,
 }
 HANDLERS = {"network": _network}

@@ -378,6 +378,18 @@ def all_containers() -> list[Container]:
     return sorted((c for c in found if c), key=lambda c: str(c.record.get("created_at", "")), reverse=True)
 
 
+def latest() -> Container:
+    """The container that was made last.
+
+    Raises:
+        NotFoundError: There is none at all.
+    """
+    found = all_containers()
+    if not found:
+        raise NotFoundError("there is no container, and so no latest one", "kata run IMAGE makes one")
+    return found[0]
+
+
 def find_or_none(reference: str) -> Container | None:
     """Find a container by name, by id, or by an unambiguous beginning of its id; None if there is none.
 

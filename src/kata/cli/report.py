@@ -30,8 +30,16 @@ def report(error: KataError) -> None:
         pass  # only the exit status reports the error
 
 
-def raise_first(failures: Sequence[KataError]) -> None:
+REMOVING = 1
+"""The exit status of a command that could not remove something, as in Docker and Podman."""
+
+
+def raise_first(failures: Sequence[KataError], exit_code: int | None = None) -> None:
     """End a command that went on after failures: print all but the first, and raise that.
+
+    Args:
+        failures: In their order.
+        exit_code: The status that the program is to end with instead of the error's own.
 
     Raises:
         KataError: There is one.
@@ -39,6 +47,8 @@ def raise_first(failures: Sequence[KataError]) -> None:
     for failure in failures[1:]:
         report(failure)
     if failures:
+        if exit_code is not None:
+            failures[0].exit_code = exit_code
         raise failures[0]
 
 

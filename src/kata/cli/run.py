@@ -74,6 +74,7 @@ _OPTIONS = [
     Option("-i --interactive", "", "keep standard input open, and connect it"),
     Option("-t --tty", "", "give the command a terminal"),
     Option("--name", "NAME", "the container's name; a random one if not given"),
+    Option("--replace", "", "remove a container that has the name, even if it runs"),
     Option(
         "-e --env", "KEY[=VALUE]", "set an environment variable; without VALUE, copy it from here", many=True
     ),
@@ -233,6 +234,8 @@ def make_container(
         from kata.cli import run_options
 
         id_file = run_options.IdFile(id_path)
+    if arguments.flag("replace"):
+        _remove_namesake(choice.name)
     pending = None
     try:
         pending = PendingContainer(choice.name)
@@ -295,6 +298,16 @@ def make_container(
         if id_file is not None:
             id_file.discard()
         raise
+
+
+def _remove_namesake(name: str | None) -> None:
+    if not name:
+        raise UsageError("--replace is about the container with the same name", "--name NAME")
+    from kata.cli import lifecycle, records
+
+    old = records.find_or_none(name)
+    if old is not None and old.name == name:
+        lifecycle.remove(old, force=True)
 
 
 def _commit(

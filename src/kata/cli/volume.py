@@ -63,6 +63,13 @@ SUBCOMMANDS = {
         [Option("-f --format", "TEMPLATE|json", "print what a Go template picks: '{{.Mountpoint}}'")],
         least=1,
     ),
+    "exists": Command(
+        "volume exists",
+        "VOLUME",
+        "Ends with 0 if there is such a volume, and with 1 if not.",
+        least=1,
+        most=1,
+    ),
     "prune": Command(
         "volume prune",
         "",
@@ -89,7 +96,7 @@ def _listed() -> str:
 COMMANDS = {
     "volume": Command(
         "volume",
-        "create|ls|rm|inspect|prune [ARG...]",
+        "create|ls|rm|inspect|exists|prune [ARG...]",
         "Makes, lists and removes volumes with a name, which outlive their containers.",
         least=1,
         interspersed=False,
@@ -190,7 +197,7 @@ def _ls(arguments: Arguments) -> int:
     return 0
 
 
-def _each(names: list[str], act: Callable[[str], None]) -> int:
+def _each(names: list[str], act: Callable[[str], None], exit_code: int | None = None) -> int:
     from kata.cli.report import raise_first
 
     failures: list[KataError] = []
@@ -200,11 +207,13 @@ def _each(names: list[str], act: Callable[[str], None]) -> int:
         except KataError as error:
             failures.append(error)
     sys.stdout.flush()
-    raise_first(failures)
+    raise_first(failures, exit_code)
     return 0
 
 
 def _rm(arguments: Arguments) -> int:
+    from kata.cli.report import REMOVING
+
     force = arguments.flag("force")
 
     def act(name: str) -> None:
@@ -217,7 +226,7 @@ def _rm(arguments: Arguments) -> int:
             return
         print(name)
 
-    return _each(arguments.rest, act)
+    return _each(arguments.rest, act, REMOVING)
 
 
 def _inspect(arguments: Arguments) -> int:
@@ -246,6 +255,14 @@ def _inspect(arguments: Arguments) -> int:
     return 0
 
 
+def _exists(arguments: Arguments) -> int:
+    try:
+        volumes.find(arguments.rest[0])
+    except NotFoundError:
+        return 1
+    return 0
+
+
 def _prune(arguments: Arguments) -> int:
     from kata.cli import filters
     from kata.cli.manage import agreed, show_gone
@@ -270,5 +287,12 @@ def _prune(arguments: Arguments) -> int:
     return 0
 
 
-_HANDLERS = {"create": _create, "ls": _ls, "rm": _rm, "inspect": _inspect, "prune": _prune}
+_HANDLERS = {
+    "create": _create,
+    "ls": _ls,
+    "rm": _rm,
+    "inspect": _inspect,
+    "exists": _exists,
+    "prune": _prune,
+}
 HANDLERS = {"volume": _volume}

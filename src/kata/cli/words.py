@@ -8,7 +8,11 @@ from __future__ import annotations
 ALIASES = {"unpause": "resume", "ls": "ps", "list": "ps", "remove": "rm", "delete": "rm"}
 """Aliases of commands. ``container X`` is an alias of ``X``."""
 GROUPS = {
-    "container": {"prune": "prune container", "inspect": "inspect --type container"},
+    "container": {
+        "prune": "prune container",
+        "inspect": "inspect --type container",
+        "exists": "exists --type container",
+    },
     "image": {
         "ls": "images",
         "list": "images",
@@ -16,6 +20,7 @@ GROUPS = {
         "remove": "rmi",
         "inspect": "inspect --type image",
         "prune": "prune image",
+        "exists": "exists --type image",
     },
     "system": {"prune": "prune system"},
 }
@@ -95,7 +100,6 @@ OPTIONS: dict[str, dict[str, str]] = {
         "--domainname": "-h NAME.DOMAIN",
         "--runtime": "the runtime is kata; kata config show has its configuration",
         "--log-driver --log-opt": "kata logs; the log is rotated, 3 files of 10 MiB",
-        "--replace": "kata rm -f NAME first",
         "--secret": "-v FILE:/run/secrets/NAME:ro",
         "--sig-proxy": "signals are always passed on: leave it out",
         "--pod": "pods come from Kubernetes (CRI): docs/kubernetes.md",
@@ -148,9 +152,8 @@ OPTIONS: dict[str, dict[str, str]] = {
         "--restart": "make it anew with kata run -d --restart POLICY",
         "--blkio-* --device-* --cpu-rt-*": "leave it out; limits are --cpus, -m, --pids-limit",
     },
-    "exec attach logs top": {"--latest -l": "name it: $(kata ps -aq | head -1)"},
+    "exec attach top": {"--latest -l": "name it: $(kata ps -aq | head -1)"},
     _MANY: {
-        "--latest -l": "name it: $(kata ps -aq | head -1)",
         "--filter": "name them: $(kata ps -aq --filter KEY=VALUE)",
     },
     "rm": {
@@ -163,7 +166,6 @@ OPTIONS: dict[str, dict[str, str]] = {
     },
     "stop rm kill pause resume": {"--cidfile": "name it: $(cat FILE)"},
     "stop rm": {
-        "--ignore -i": "a missing container is an error but for kata rm -f",
         "--depend": "leave it out",
     },
     "restart": {"--running": "name them: $(kata ps -q)", "--cidfile": "name it: $(cat FILE)"},
@@ -214,7 +216,6 @@ OPTIONS: dict[str, dict[str, str]] = {
     "stats top port version logs": {"--format": "--json, and jq"},
     "inspect": {
         "--size -s": "leave it out: kata ps --format '{{.Size}}' shows what a container has written",
-        "--latest -l": "name it: $(kata ps -aq | head -1)",
     },
     "ps": {
         "--size -s": "--format '{{.Names}} {{.Size}}'",

@@ -1,0 +1,109 @@
+"""What scripts for Podman ask: `exists`, `--latest`, `--ignore`, `--replace`; and `df`, on records without machines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from image_support import docker_save, layer, member
+from test_cli_manage import make, said, state
+
+from kata.cli import records
+from kata.images import store
+
+__all__ = ["state"]
+
+
+@pytest.fixture
+def image(state: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> store.Image:
+    content = [{"layers": [layer(member("one", content=b"1" * 40960))], "tags": ["bb:latest"]}]
+    said(capsys, "load", "-q", "-i", str(docker_save(tmp_path / "bb.tar", content)))
+    return store.find("bb")
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        ("container exists web", 0),
+        ("container exists bb", 1),
+        ("image exists bb", 0),
+        ("image exists web", 1),
+        ("exists web", 0),
+        ("exists bb", 0),
+        ("exists nosuch", 1),
+        ("volume exists data", 0),
+        ("volume exists web", 1),
+        ("network exists web", 1),
+    ],
+)
+def test_exists_prints_nothing(
+    image: store.Image, capsys: pytest.CaptureFixture[str], words: str, status: int
+) -> None:
+    make("web")
+    said(capsys, "volume", "create", "data")
+    assert said(capsys, *words.split(), status=status) == ""
+
+
+@pytest.mark.parametrize("words", ["rm nosuch", "rmi nosuch", "volume rm nosuch", "network rm nosuch"])
+def test_what_cannot_be_removed_ends_with_1(
+    state: Path, capsys: pytest.CaptureFixture[str], words: str
+) -> None:
+    assert "nosuch" in said(capsys, *words.split(), status=1)
+    assert "--colour" in said(capsys, *words.split(), "--colour", status=125)
+
+
+def test_the_latest_container(state: Path, image: store.Image, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ("logs -l", "inspect -l", "rm -l"):
+        assert "there is no container" in said(capsys, *words.split(), status=125)
+    make("first")
+    last = said(capsys, "create", "--name", "last", "--storage", "tmpfs", "bb", "true")
+    assert said(capsys, "inspect", "--latest", "--format", "{{.Name}}") == "/last\n"
+    assert "leave out one" in said(capsys, "rm", "-l", "first", status=125)
+    assert "leave out one" in said(capsys, "logs", "-l", "first", status=125)
+    assert said(capsys, "rm", "-l") == last
+    assert [one.name for one in records.all_containers()] == ["first"]
+    assert "too few arguments" in said(capsys, "rm", status=125)
+
+
+def test_ignore_passes_over_what_is_not_there(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make("web")
+    assert said(capsys, "rm", "--ignore", "nosuch", "web") == "web\n"
+    assert said(capsys, "stop", "-i", "nosuch") == ""
+
+
+def test_replace_is_about_a_name(
+    state: Path, image: store.Image, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "--name NAME" in said(capsys, "create", "--replace", "bb", "true", status=125)
+    old = make("web")
+    # The beginning of an id is no name.
+    made = said(
+        capsys, "create", "--replace", "--name", old.id[:6], "--storage", "tmpfs", "bb", "true"
+    ).strip()
+    assert records.load(old.id) is not None
+    replaced = said(
+        capsys, "create", "--replace", "--name", "web", "--storage", "tmpfs", "bb", "true"
+    ).strip()
+    assert records.load(old.id) is None
+    assert records.find("web").id == replaced
+    assert records.load(made) is not None
+
+
+def test_df(state: Path, image: store.Image, capsys: pytest.CaptureFixture[str]) -> None:
+    make("user", image.id)
+    said(capsys, "volume", "create", "data")
+    lines = said(capsys, "system", "df").splitlines()
+    assert lines[0].split() == ["TYPE", "TOTAL", "ACTIVE", "SIZE", "RECLAIMABLE"]
+    assert len(lines) == 4
+    rows = {row["Type"]: row for row in map(json.loads, said(capsys, "df", "--format", "json").splitlines())}
+    assert (rows["Images"]["TotalCount"], rows["Images"]["Active"]) == (1, 1)
+    assert rows["Images"]["Reclaimable"] == "0B (0%)"
+    assert (rows["Containers"]["TotalCount"], rows["Containers"]["Active"]) == (1, 0)
+    assert (rows["Local Volumes"]["TotalCount"], rows["Local Volumes"]["Active"]) == (1, 0)
+    assert rows["Local Volumes"]["Reclaimable"].endswith("(100%)")
+
+
+def test_options_before_the_command(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert said(capsys, "--version").startswith("kata version ")
+    assert "options follow the command" in said(capsys, "--nosuch", "ps", status=125)
