@@ -155,6 +155,10 @@ def test_a_member_of_a_pod_is_known_by_namespace_or_annotation(tmp_path: Path) -
     assert pod("/proc/18/ns/net", {}) == ""
     with pytest.raises(NotFoundError, match="'gone' does not exist"):
         pod("/run/netns/x", {**crio, "io.kubernetes.cri-o.SandboxID": "gone"})
+    # Podman 4.3 names a pod without an infra container by itself.
+    podman = {**crio, "io.container.manager": "libpod"}
+    assert pod("/run/netns/x", {**podman, "io.kubernetes.cri-o.SandboxID": "pod"}) == ""
+    assert pod("/run/netns/x", podman) == "infra"
 
 
 def test_containers_of_two_roots_do_not_share_a_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -189,7 +189,9 @@ def _console(arguments: Arguments, terminal: bool, *, needs_one: bool) -> str:
 
 def _pod(root: str, config: Mapping[str, Any]) -> Record | None:
     """The container whose machine a new one belongs in: one whose namespaces it names, by the process that stands for
-    it, or the one that CRI-O's and Podman's annotation names.
+    it, or the one that CRI-O's and Podman's annotation names. None if it has a machine of its own, as in a pod of
+    Podman's without an infra container (``--infra=false``, podman-compose): Podman 4.3 names the pod itself there,
+    which is no container.
 
     Raises:
         NotFoundError: The annotation names one that there is not.
@@ -203,7 +205,11 @@ def _pod(root: str, config: Mapping[str, Any]) -> Record | None:
     from kata.engine.containers import spec
 
     named = spec.pod_of(config)
-    return records.require(root, named) if named else None
+    if not named:
+        return None
+    if (config.get("annotations") or {}).get("io.container.manager") == "libpod":
+        return records.find(root, named)
+    return records.require(root, named)
 
 
 def sandbox_directory(root: str, container_id: str) -> str:
