@@ -1,7 +1,7 @@
 # `make run` on a fresh Debian 12 or 13 is the place to start. All the work is in tools/.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test screenshots coverage test-kvm test-user conformance inspect-suite kvm-lab lint check-imports format bench-start bench-agent bench-pods bench-network bench-networks bench-files bench-overhead bench-hypervisors bench-scrape bench-beside bench-performance faults endurance hostile work fuzz-agent install uninstall prove-bare clean
+.PHONY: help setup run test screenshots coverage test-kvm test-user conformance inspect-suite kvm-lab lint check-imports format bench-start bench-agent bench-pods bench-network bench-networks bench-files bench-overhead bench-hypervisors bench-scrape bench-beside bench-performance faults endurance hostile work commands compose fuzz-agent install uninstall prove-bare clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -116,6 +116,15 @@ hostile: ## hostile archives, registries, agents and command lines; A='--short -
 work: ## people's real work with Docker, runc beside kata, for docs/clients.md; A=--lab for the column with KVM
 	@tools/setup test
 	@tools/conformance --work $(A)
+
+commands: ## what users of Docker and Podman type, with both and with kata, for docs/docker-commands.md; A='--only images'
+	@tools/setup test
+	@tools/conformance --commands $(A)
+
+compose: ## a compose file with docker compose and podman-compose, runc beside kata, for docs/compose.md
+	@tools/setup test
+	@tools/setup conformance
+	@tools/conformance --compose $(A)
 
 fuzz-agent: ## the agent's parsers against malformed input for MINUTES=10; SEED=... repeats a run
 	@tools/setup test

@@ -74,10 +74,10 @@ def test_login_and_logout(
     assert config["psFormat"] == "x"
     assert config["auths"][private.host] == {"auth": basic("user", "secret")}
     assert stat.S_IMODE((tmp_path / "docker/config.json").stat().st_mode) == 0o600
-    assert said(capsys, "logout", private.host) == f"Removed login credentials for {private.host}\n"
+    assert said(capsys, "logout", private.host) == f"Removing login credentials for {private.host}\n"
     assert said(capsys, "logout", private.host) == f"Not logged in to {private.host}\n"
     assert list(stored(tmp_path)["auths"]) == ["elsewhere:1"]
-    assert said(capsys, "logout", "--all") == "Removed login credentials for elsewhere:1\n"
+    assert said(capsys, "logout", "--all") == "Removing login credentials for elsewhere:1\n"
     assert stored(tmp_path) == {"psFormat": "x", "auths": {}}
 
 
@@ -105,7 +105,7 @@ def test_a_credential_helper_keeps_them(
         "Secret": "secret",
     }
     assert stored(tmp_path) == {"credsStore": "box"}
-    assert "Removed" in said(capsys, "logout", private.host)
+    assert "Removing" in said(capsys, "logout", private.host)
     assert not kept.exists()
 
 
@@ -163,7 +163,7 @@ def test_push(
     out = said(capsys, "push", name, pushed)
     assert out.startswith("2: digest: sha256:")
     digest = out.split()[-1]
-    assert said(capsys, "push", "-q", name, pushed).strip() == digest, "the same image has one digest"
+    assert said(capsys, "push", "-q", name, pushed).strip() == pushed
     again = resolve(pushed)
     assert content(again) == {"hello"}
     assert (again.config, again.digest) == (fetched.config, digest)

@@ -168,7 +168,7 @@ def test_create_start_attach(shared_kata: Kata, busybox_image: str) -> None:
 def test_rm_asks_for_force(shared_kata: Kata, busybox_image: str) -> None:
     with container(shared_kata, busybox_image, "busy"):
         done = shared_kata.call("rm", "busy")
-        assert done.returncode == 125
+        assert done.returncode == 1
         assert b"kata rm -f busy" in done.stderr
     assert "busy" not in names(shared_kata)
     shared_kata.ok("rm", "-f", "busy")

@@ -29,6 +29,9 @@ _FIELDS = {
     "CreatedAt": "CREATED AT",
     "Size": "SIZE",
     "Platform": "PLATFORM",
+    "Containers": "CONTAINERS",
+    "SharedSize": "SHARED SIZE",
+    "VirtualSize": "VIRTUAL SIZE",
 }
 """The fields of --format, with the headings of its tables."""
 _REST = "\t{{.ID}}\t{{.CreatedSince}}\t{{.Size}}"
@@ -145,6 +148,9 @@ def _fields(image: store.Image, shorten: Callable[[str], str]) -> list[dict[str,
                 "CreatedAt": image.created or "N/A",
                 "Size": table.human_size(image.size),
                 "Platform": image.platform,
+                "Containers": lambda: str(len(users().get(image.id, ()))),
+                "SharedSize": "N/A",
+                "VirtualSize": table.human_size(image.size),
             }
         )
     return rows

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 
-from kata.cli import records, table
+from kata.cli import inspect_members, records, table
 from kata.cli.args import Command, Option
 from kata.errors import KataError, NotFoundError, UsageError
 from kata.json_text import loads
@@ -200,8 +200,11 @@ def _as_docker(container: Container, state: dict[str, Any], spec: dict[str, Any]
         "Name": f"/{container.name}",
         "RestartCount": _restarts(container),
         "Driver": record["rootfs"]["kind"],
+        "GraphDriver": {"Data": None, "Name": record["rootfs"]["kind"]},
         "Platform": "linux",
+        **inspect_members.top(),
         "HostConfig": {
+            **inspect_members.host_config(record, spec),
             "Binds": [
                 f"{one['source']}:{one['destination']}{':ro' if one['readonly'] else ''}"
                 for one in record["volumes"]
@@ -243,6 +246,7 @@ def _as_docker(container: Container, state: dict[str, Any], spec: dict[str, Any]
             ),
         ],
         "Config": {
+            **inspect_members.config(),
             "Hostname": record["hostname"],
             "User": (process.get("user") or {}).get("username", ""),
             "Tty": record["tty"],
@@ -253,11 +257,12 @@ def _as_docker(container: Container, state: dict[str, Any], spec: dict[str, Any]
             "Image": record["image"]["reference"],
             "WorkingDir": process.get("cwd") or "",
             "ExposedPorts": {key: {} for key in bindings},
-            "Labels": record["labels"],
+            "Labels": dict(sorted(record["labels"].items())),
             "StopSignal": record["stop_signal"],
             "StopTimeout": record.get("stop_timeout"),
         },
         "NetworkSettings": {
+            **inspect_members.network_settings(),
             "IPAddress": "",  # the machine's own; what can be reached are the published ports
             "Ports": bindings if runs else {},
             "Networks": _networks(record),
@@ -343,6 +348,7 @@ def of_image(image: Image) -> dict[str, Any]:
         "Id": image.id,
         "RepoTags": [name for name in image.names if "@" not in name],
         "RepoDigests": sorted({f"{repository(name)}@{image.digest}" for name in image.names}),
+        "Parent": "",
         "Comment": str(document.get("comment") or ""),
         "Created": image.created,
         "Author": str(document.get("author") or ""),
@@ -351,6 +357,7 @@ def of_image(image: Image) -> dict[str, Any]:
         **({"Variant": variant} if variant else {}),
         "Os": system,
         "Size": image.size,
+        "GraphDriver": {"Data": {"RootFS": image.rootfs_path}, "Name": "erofs"},
         "RootFS": {
             "Type": "layers",
             "Layers": rootfs.get("diff_ids", []) if isinstance(rootfs, dict) else [],

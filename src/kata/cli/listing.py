@@ -95,6 +95,9 @@ COMMANDS = {
         [
             Option("--no-stream", "", "only once; the default when standard output is not a terminal"),
             Option("--interval", "SECONDS", "time between two readings (1)"),
+            Option(
+                "--format", "TEMPLATE", "print a line for each by a Go template, 'table TEMPLATE' or json"
+            ),
             _JSON,
         ],
     ),
@@ -526,7 +529,13 @@ def _stats(arguments: Arguments) -> int:
     if not 0.05 <= seconds <= 86400:
         raise UsageError(f"--interval {interval!r} is not a number of seconds of at least 0.05")
     stream = sys.stdout.isatty() and not arguments.flag("no_stream") and not arguments.flag("json")
-    return usage.show(chosen, seconds=seconds, stream=stream, as_json=arguments.flag("json"))
+    return usage.show(
+        chosen,
+        seconds=seconds,
+        stream=stream,
+        as_json=arguments.flag("json"),
+        form=arguments.value("format"),
+    )
 
 
 HANDLERS = {"ps": _ps, "logs": _logs, "port": _port, "stats": _stats}

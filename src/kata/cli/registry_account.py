@@ -48,7 +48,7 @@ COMMANDS = {
         "push",
         "IMAGE[:TAG] [NAME[:TAG]]",
         "Sends an image to a registry.",
-        [Option("-q --quiet", "", "print nothing but the digest")],
+        [Option("-q --quiet", "", "print nothing but the name that it has at the registry")],
         least=1,
         most=2,
         notes="It is sent under its own name, or as NAME. Its layers are not kept when it is fetched: it is sent\n"
@@ -127,7 +127,7 @@ def _logout(arguments: Arguments) -> int:
         hosts = [_host_of(arguments)]
     for host in hosts:
         if credentials.erase(host):
-            print(f"Removed login credentials for {host}")
+            print(f"Removing login credentials for {host}")
         else:
             print(f"Not logged in to {host}")
     return 0
@@ -169,7 +169,7 @@ def _push(arguments: Arguments) -> int:
             digest = _send(directory, registry, target.tag, made, layer, tell)
     finally:
         registry.close()
-    print(digest if quiet else f"{target.tag}: digest: {digest}")
+    print(target.familiar() if quiet else f"{target.tag}: digest: {digest}")
     return 0
 
 

@@ -11,7 +11,10 @@ from kata.errors import UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kata.cli.args import Arguments
+    from kata.proto.agentext_pb import ProcessInfo
 
 COMMANDS = {
     "top": Command(
@@ -29,6 +32,11 @@ COMMANDS = {
             Option("--filter", "WORDS", "sandboxes with these words in their names, ids, images or states"),
             Option("--interval", "SECONDS", "time between two readings (2)"),
             Option("--no-color", "", "no colours; as the variable NO_COLOR"),
+            Option(
+                "-o",
+                "COLUMN[,COLUMN...]",
+                "of the processes in a container only these: pid, ppid, uid, time, rss, tty, comm, args",
+            ),
         ],
         most=1,
         notes="Keys: arrows and page keys move, Enter shows one sandbox and Escape goes back; n s a c m o g t d sort"
@@ -43,7 +51,9 @@ def _top(arguments: Arguments) -> int:
         for name in ("sort", "filter", "interval"):
             if arguments.value(name) is not None:
                 raise UsageError(f"--{name} is for the list of all sandboxes", "leave out the container")
-        return _processes(arguments.rest[0], as_json=arguments.flag("json"))
+        return _processes(arguments.rest[0], arguments.value("o"), as_json=arguments.flag("json"))
+    if arguments.value("o") is not None:
+        raise UsageError("-o is for the processes in a container", "kata top CONTAINER -o pid,comm")
     from kata.cli import live, top_view
 
     view = top_view.View()
@@ -97,7 +107,26 @@ def _watch(view: object, seconds: float, *, colour: bool) -> int:
                 return 0
 
 
-def _processes(reference: str, *, as_json: bool) -> int:
+_COLUMNS: dict[str, tuple[str, Callable[[ProcessInfo], str]]] = {
+    "pid": ("PID", lambda process: str(process.pid)),
+    "ppid": ("PPID", lambda process: str(process.ppid)),
+    "uid": ("UID", lambda process: str(process.uid)),
+    "time": ("TIME", lambda process: _cpu_time(process.cpu_ns)),
+    "rss": ("RSS", lambda process: table.human_size(process.rss_bytes)),
+    "tty": ("TTY", lambda process: process.tty or "?"),
+    "args": ("COMMAND", lambda process: " ".join(_words(process.command))),
+    "comm": (
+        "COMMAND",
+        lambda process: os.path.basename(" ".join(_words(process.command)[:1]).split(" ")[0]),
+    ),
+}
+"""The columns of processes, by ps's names; those before ``comm`` are shown where none are asked for."""
+
+
+def _processes(reference: str, columns: str | None, *, as_json: bool) -> int:
+    names = list(_COLUMNS)[:-1] if columns is None else columns.replace("cmd", "args").split(",")
+    if unknown := [name for name in names if name not in _COLUMNS]:
+        raise UsageError(f"-o: there is no column {unknown[0]!r}", "one of: " + ", ".join(_COLUMNS))
     from kata.cli import records
     from kata.cli.listing import need_running
     from kata.engine.client import EngineClient
@@ -109,19 +138,8 @@ def _processes(reference: str, *, as_json: bool) -> int:
     if as_json:
         table.show_json([{**process.to_dict(), "command": _words(process.command)} for process in processes])
         return 0
-    rows = [
-        [
-            str(process.pid),
-            str(process.ppid),
-            str(process.uid),
-            _cpu_time(process.cpu_ns),
-            table.human_size(process.rss_bytes),
-            process.tty or "?",
-            " ".join(_words(process.command)),
-        ]
-        for process in processes
-    ]
-    table.show(["PID", "PPID", "UID", "TIME", "RSS", "TTY", "COMMAND"], rows)
+    chosen = [_COLUMNS[name] for name in names]
+    table.show([title for title, _ in chosen], [[cell(one) for _, cell in chosen] for one in processes])
     return 0
 
 

@@ -27,6 +27,7 @@ COMMANDS = {
         [
             Option("--cpus", "N", "how many CPUs the container may use"),
             Option("-m --memory", "SIZE", "how much memory the container may use (512m, 2g)"),
+            Option("--memory-swap", "SIZE", "the same as -m: the machine has no swap"),
             Option("--pids-limit", "N", "how many processes the container may have; 0 or -1 for no limit"),
         ],
         least=1,
@@ -40,6 +41,11 @@ COMMANDS = {
 def _wanted(arguments: Arguments) -> tuple[dict[str, Any], dict[str, Any]]:
     """The limits of the options: (resources of the specification, entries of the container's record)."""
     cpus, memory, pids = (arguments.value(name) for name in ("cpus", "memory", "pids_limit"))
+    swap = arguments.value("memory_swap")
+    if swap is not None and (
+        memory is None or values.container_memory(swap) != values.container_memory(memory)
+    ):
+        raise UsageError("--memory-swap can only be the same as -m: the machine has no swap", "leave it out")
     resources: dict[str, Any] = {}
     record: dict[str, Any] = {}
     if cpus is not None:

@@ -15,10 +15,20 @@ if TYPE_CHECKING:
 
 _STREAM_PATIENCE_S = 1.0
 """How long a table that goes on waits for sandboxes that are slow, in seconds: they come with the next one."""
-_HEADINGS = [
-    *("CONTAINER ID", "NAME", "CPU", "MEMORY / LIMIT", "NET IN / OUT", "BLOCK READ / WRITTEN", "PIDS"),
-    *("OVERHEAD", "GIVEN BACK"),
-]
+FIELDS = {
+    "ID": "CONTAINER ID",
+    "Name": "NAME",
+    "CPUPerc": "CPU %",
+    "MemUsage": "MEM USAGE / LIMIT",
+    "MemPerc": "MEM %",
+    "NetIO": "NET I/O",
+    "BlockIO": "BLOCK I/O",
+    "PIDs": "PIDS",
+    "Overhead": "OVERHEAD",
+    "GivenBack": "GIVEN BACK",
+    "Container": "CONTAINER",
+}
+"""The fields of --format with their headings: Docker's, and what the machine takes and has given back."""
 
 
 def _rows(sandbox: Row) -> list[dict[str, Any]]:
@@ -54,28 +64,28 @@ def _whole(value: object) -> int:
     return int(live.number(value) or 0)
 
 
-def _cells(row: dict[str, Any], *, is_first: bool) -> list[str]:
+def _fields(row: dict[str, Any], *, is_first: bool) -> dict[str, Any]:
     size = table.human_size
-    of_sandbox = [
-        f"{size(row['network_received_bytes'])} / {size(row['network_sent_bytes'])}",
-        size(row["overhead_bytes"]),
-        size(row["memory_returned_bytes"]),
-    ]
-    network, overhead, returned = of_sandbox if is_first else ["-"] * 3
-    return [
-        row["id"][:12],
-        live.clean(row["name"], 64) or "-",
-        f"{row['cpu_percent']:.2f}%",
-        f"{size(row['memory_bytes'])} / {size(row['memory_limit_bytes'])}",
-        network,
-        f"{size(row['block_read_bytes'])} / {size(row['block_written_bytes'])}",
-        str(row["pids"]),
-        overhead,
-        returned,
-    ]
+    limit = row["memory_limit_bytes"]
+    of_sandbox = {
+        "NetIO": f"{size(row['network_received_bytes'])} / {size(row['network_sent_bytes'])}",
+        "Overhead": size(row["overhead_bytes"]),
+        "GivenBack": size(row["memory_returned_bytes"]),
+    }
+    return {
+        "ID": row["id"][:12],
+        "Name": live.clean(row["name"], 64) or "-",
+        "CPUPerc": f"{row['cpu_percent']:.2f}%",
+        "MemUsage": f"{size(row['memory_bytes'])} / {size(limit)}",
+        "MemPerc": f"{100 * row['memory_bytes'] / limit if limit else 0:.2f}%",
+        "BlockIO": f"{size(row['block_read_bytes'])} / {size(row['block_written_bytes'])}",
+        "PIDs": str(row["pids"]),
+        "Container": row["id"][:12],
+        **(of_sandbox if is_first else dict.fromkeys(of_sandbox, "-")),
+    }
 
 
-def show(chosen: list[str], *, seconds: float, stream: bool, as_json: bool) -> int:
+def show(chosen: list[str], *, seconds: float, stream: bool, as_json: bool, form: str | None = None) -> int:
     """Print the table or JSON, once or every *seconds* until interrupted.
 
     Args:
@@ -83,6 +93,7 @@ def show(chosen: list[str], *, seconds: float, stream: bool, as_json: bool) -> i
         seconds: Time between two readings.
         stream: Whether to continue until interrupted.
         as_json: Whether to print JSON.
+        form: What to print instead, as `template.show_rows` has it.
 
     Returns:
         The exit status: 125 if one of *chosen* has not answered, which is told on stderr.
@@ -107,8 +118,18 @@ def show(chosen: list[str], *, seconds: float, stream: bool, as_json: bool) -> i
         else:
             if stream:
                 sys.stdout.write("\x1b[H\x1b[J")
-            cells = [_cells(row, is_first=not index) for rows in answered for index, row in enumerate(rows)]
-            table.show(_HEADINGS, cells)
+            fields = [
+                _fields(row, is_first=not index) for rows in answered for index, row in enumerate(rows)
+            ]
+            if form is not None:
+                from kata.cli.template import show_rows
+
+                show_rows(form, fields, FIELDS)
+            else:
+                shown = list(FIELDS)[:-1]
+                table.show(
+                    [FIELDS[name] for name in shown], [[row[name] for name in shown] for row in fields]
+                )
             sys.stdout.flush()
         if not stream:
             return 125 if chosen and warned else 0

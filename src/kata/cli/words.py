@@ -146,7 +146,6 @@ OPTIONS: dict[str, dict[str, str]] = {
     "run": {"--attach -a": "without -d its output is attached, with -i its input"},
     "create": {"--attach -a": "kata start -a NAME attaches its output"},
     "update": {
-        "--memory-swap": "the machine has no swap: leave it out",
         "--memory-reservation": "-m SIZE",
         "--cpu-shares -c": "--cpus N",
         "--restart": "make it anew with kata run -d --restart POLICY",
@@ -200,7 +199,7 @@ OPTIONS: dict[str, dict[str, str]] = {
         "--all-tags -a": "name each: kata push NAME:TAG",
         "--platform": "an image is of one platform here: leave it out",
         "--authfile --creds --cert-dir --tls-verify": "kata login, or DOCKER_CONFIG=DIR for another file",
-        "--digestfile": "kata push -q NAME > FILE",
+        "--digestfile": "kata push NAME > FILE",
         "--disable-content-trust --compress --compression-format --format -f": "leave it out",
         "--remove-signatures --sign-*": "cosign signs what is at a registry",
     },
@@ -213,7 +212,7 @@ OPTIONS: dict[str, dict[str, str]] = {
         "--all -a": "name them: $(kata ps -aq)",
         "--condition --interval -i": "leave it out: it waits for the end",
     },
-    "stats top port version logs": {"--format": "--json, and jq"},
+    "top port version logs": {"--format": "--json, and jq"},
     "inspect": {
         "--size -s": "leave it out: kata ps --format '{{.Size}}' shows what a container has written",
     },

@@ -1,0 +1,112 @@
+"""What `inspect`, `stats`, `top` and `update` have under Docker's names, without machines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from image_support import docker_save, layer, member
+from test_cli_manage import said, state
+
+from kata.cli import inspect_members, records, top, usage
+from kata.oci import capabilities
+
+__all__ = ["state"]
+
+
+@pytest.fixture
+def image(state: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = [{"layers": [layer(member("one", content=b"1"))], "tags": ["bb:latest"]}]
+    said(capsys, "load", "-q", "-i", str(docker_save(tmp_path / "bb.tar", content)))
+
+
+def create(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
+    name = said(capsys, "create", "--storage", "tmpfs", *options, "bb", "true").strip()
+    [found] = json.loads(said(capsys, "inspect", name))
+    assert isinstance(found, dict)
+    return found
+
+
+def test_inspect_reads_the_specification(image: None, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--cap-add", "NET_ADMIN", "--cap-drop", "MKNOD", "--shm-size", "1m", "-m", "128m")
+    host = create(capsys, *options, "-l", "z=1", "-l", "a=2")["HostConfig"]
+    assert (host["CapAdd"], host["CapDrop"]) == (["CAP_NET_ADMIN"], ["CAP_MKNOD"])
+    assert (host["ShmSize"], host["MemorySwap"], host["Privileged"]) == (1 << 20, 128 << 20, False)
+    assert host["LogConfig"]["Config"]["max-file"] == "3"
+    labels = said(capsys, "inspect", "-l", "-f", "{{json .Config.Labels}}")
+    assert labels == '{"a":"2","z":"1"}\n'  # as Go's maps: sorted
+
+
+def test_inspect_of_a_privileged_container(image: None, capsys: pytest.CaptureFixture[str]) -> None:
+    found = create(capsys, "--privileged")
+    assert found["HostConfig"]["Privileged"] is True
+    assert set(found["HostConfig"]["CapAdd"]) == set(capabilities.ALL) - set(capabilities.DEFAULT)
+    assert found["HostConfig"]["CapDrop"] == []
+
+
+def test_an_unreadable_specification_drops_nothing() -> None:
+    host = inspect_members.host_config({"memory": None, "log": {"files": 3, "max_bytes": 10}}, {})
+    assert (host["CapAdd"], host["CapDrop"], host["ShmSize"]) == ([], [], 0)
+
+
+def test_stats_has_dockers_fields() -> None:
+    row = {
+        "id": "ab" * 16,
+        "name": "web",
+        "cpu_percent": 12.345,
+        "memory_bytes": 1 << 20,
+        "memory_limit_bytes": 4 << 20,
+        "network_received_bytes": 1024,
+        "network_sent_bytes": 0,
+        "block_read_bytes": 0,
+        "block_written_bytes": 2048,
+        "pids": 3,
+        "overhead_bytes": 0,
+        "memory_returned_bytes": 0,
+    }
+    first, further = (usage._fields(row, is_first=is_first) for is_first in (True, False))
+    assert first.keys() == usage.FIELDS.keys()
+    assert (first["ID"], first["CPUPerc"], first["MemPerc"]) == ("ab" * 6, "12.35%", "25.00%")
+    assert (first["MemUsage"], first["NetIO"], first["BlockIO"]) == ("1MiB / 4MiB", "1KiB / 0B", "0B / 2KiB")
+    # A pod's network and overhead are told once.
+    assert (further["NetIO"], further["Overhead"], further["MemUsage"]) == ("-", "-", first["MemUsage"])
+    assert usage._fields({**row, "memory_limit_bytes": 0}, is_first=True)["MemPerc"] == "0.00%"
+
+
+def test_columns_of_processes(
+    state: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = SimpleNamespace(
+        pid=7, ppid=1, uid=0, cpu_ns=0, rss_bytes=1024, tty="", command=[b"/usr/sbin/httpd", b"-p", b"80"]
+    )
+
+    class Engine:
+        def __init__(self, socket: str) -> None: ...
+
+        def __enter__(self) -> Engine:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def processes(self, identity: str) -> list[SimpleNamespace]:
+            return [process]
+
+    monkeypatch.setattr("kata.engine.client.EngineClient", Engine)
+    monkeypatch.setattr("kata.cli.listing.need_running", lambda container: {})
+    monkeypatch.setattr(records, "find", lambda name: SimpleNamespace(socket="", id=name))
+    assert said(capsys, "top", "web", "-o", "pid,comm").split() == ["PID", "COMMAND", "7", "httpd"]
+    assert said(capsys, "top", "web", "-o", "cmd").splitlines()[1] == "/usr/sbin/httpd -p 80"
+    assert said(capsys, "top", "web").split()[:7] == ["PID", "PPID", "UID", "TIME", "RSS", "TTY", "COMMAND"]
+    assert "no column 'colour'" in said(capsys, "top", "web", "-o", "colour", status=125)
+    assert "kata top CONTAINER" in said(capsys, "top", "-o", "pid", status=125)
+    assert list(top._COLUMNS)[-1] == "comm"
+
+
+def test_swap_of_update_is_its_memory(image: None, capsys: pytest.CaptureFixture[str]) -> None:
+    name = create(capsys, "-m", "128m")["Id"]
+    assert said(capsys, "update", "-m", "256m", "--memory-swap", "256m", name) == f"{name}\n"
+    for swap in (["--memory-swap", "512m", "-m", "256m"], ["--memory-swap", "256m"]):
+        assert "the machine has no swap" in said(capsys, "update", *swap, name, status=125)
