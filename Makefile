@@ -46,6 +46,11 @@ inspect-suite: ## kata inspect-image over nasty and ordinary images, beside syft
 kvm-lab: ## run CMD='...' in a machine with working KVM, or a shell; A='--get FILE --timeout 60 ...'
 	@tools/kvm-lab $(A) $(if $(CMD),-- bash -c "$$CMD",--shell)
 
+.PHONY: site
+site: ## the documents as a site in build/site, built strictly, with all links checked
+	@tools/setup site
+	@/usr/bin/python3 tools/docs_site.py build/site
+
 lint: ## formatting, types, import direction, clippy
 	@tools/setup lint
 	@tools/lint
@@ -140,6 +145,14 @@ uninstall: ## take it back; PURGE=1 also removes images and containers, FORCE=1 
 
 prove-bare: ## `make run` and the tests in a bare SUITE=bookworm|trixie
 	@tools/bare-machine $(or $(SUITE),bookworm) $(A)
+
+.PHONY: dist prove-packages
+dist: ## a Debian package for this release, a wheel and the release's notes in build/dist (docs/packages.md); A='deb wheel notes'
+	@tools/setup test
+	@.venv/bin/python tools/dist.py build/dist $(A)
+
+prove-packages: ## install, use, upgrade and remove what `make dist` has made, in a bare machine
+	@tools/prove-packages
 
 clean: ## remove what was built here; kernels stay in KATA_CACHE_DIR
 	@tools/clean

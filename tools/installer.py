@@ -3,9 +3,9 @@
 What is installed, below PREFIX (``/usr/local``)::
 
     lib/kata/<version>-<digest>/site-packages/   the package and the packages it depends on
-    lib/kata/<version>-<digest>/kata-agent       what `kata guest build` puts into the guest
-    lib/kata/<version>-<digest>/kata-inspector   what `kata inspect-image` runs in a guest
-    lib/kata/<version>-<digest>/guest/           how it makes one: kernel configuration, list of modules
+                    kata/shipped/kata-agent      what `kata guest build` puts into the guest
+                    kata/shipped/kata-inspector  what `kata inspect-image` runs in a guest
+                    kata/shipped/recipe/         how it makes one: kernel configuration, list of modules
     lib/kata/manifest.json                       every path that was made
     bin/kata                                     a link to site-packages/kata/__main__.py
     bin/kata-agent-ctl                           a link to site-packages/kata/agent_ctl/__main__.py
@@ -270,6 +270,26 @@ def install_packages(target: Path, requirements: Sequence[str]) -> None:
     shutil.rmtree(target / "bin", ignore_errors=True)
 
 
+def copy_sources(packages: Path) -> None:
+    """Copy the package ``kata`` into a directory of packages."""
+    for path in _sources():
+        target = packages / path.relative_to(ROOT / "src")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+        target.chmod(0o755 if path.stat().st_mode & 0o100 else 0o644)
+
+
+def ship(package: Path) -> None:
+    """Put what the code runs or builds guests from where `kata.paths.shipped` looks for it."""
+    shipped = package / "shipped"
+    (shipped / "recipe").mkdir(parents=True)
+    for program in (AGENT, INSPECTOR):
+        shutil.copyfile(program, shipped / program.name)
+        (shipped / program.name).chmod(0o755)
+    for path in _recipes():
+        shutil.copyfile(path, shipped / "recipe" / path.name)
+
+
 def fill(tree: Path) -> None:
     """Make a version's directory: dependencies, package, byte code, agent."""
     packages = tree / "site-packages"
@@ -278,20 +298,11 @@ def fill(tree: Path) -> None:
     say("  ... install the Python packages that kata needs")
     install_packages(packages, project["dependencies"])
     install_packages(tree / "monitor-packages", project["optional-dependencies"]["monitor"])
-    for path in _sources():
-        target = packages / path.relative_to(ROOT / "src")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
-        target.chmod(0o755 if path.stat().st_mode & 0o100 else 0o644)
+    copy_sources(packages)
     # By content, not by time: packages are copied, and a byte code file that looks old is written again.
     compiler = ["-m", "compileall", "-q", "-j", "0", "--invalidation-mode", "unchecked-hash"]
     subprocess.run(["/usr/bin/python3", "-I", *compiler, packages, tree / "monitor-packages"], check=True)
-    for program in (AGENT, INSPECTOR):
-        shutil.copyfile(program, tree / program.name)
-        (tree / program.name).chmod(0o755)
-    (tree / "guest").mkdir()
-    for path in _recipes():
-        shutil.copyfile(path, tree / "guest" / path.name)
+    ship(packages / "kata")
     subprocess.run(["/usr/bin/python3", "-I", ROOT / "tools/manpages.py", tree / "share"], check=True)
 
 

@@ -26,6 +26,7 @@ MAX_SOCKET_PATH = 107
 
 MANAGEMENT_SOCKET = "shim-monitor.sock"
 """Name of an engine's management socket in each of its directories."""
+_PACKAGE = os.path.dirname(os.path.abspath(__file__))
 _DEFAULT_RUN_DIR = "/run/kata"
 FACTORY = "factory"
 """Where in `run_dir` a machine is while it becomes a template."""
@@ -174,8 +175,28 @@ def container_dir(container_id: str) -> str:
     return os.path.join(state_dir(), "containers", container_id)
 
 
+def is_installed() -> bool:
+    """Whether this code is an installed package, and not that of a checkout."""
+    return os.path.basename(os.path.dirname(_PACKAGE)) in ("site-packages", "dist-packages")
+
+
+def checkout() -> str:
+    """The checkout whose code this is; only where it is not installed."""
+    return os.path.dirname(os.path.dirname(_PACKAGE))
+
+
+def shipped(name: str) -> str:
+    """What an installed package has beside the code (``tools/installer.py`` puts it there).
+
+    Args:
+        name: ``kata-agent``, ``kata-inspector``, ``recipe`` (by which guests are built), or ``guest`` (one that was
+            built; not every installation has it).
+    """
+    return os.path.join(_PACKAGE, "shipped", name)
+
+
 def agent_binary() -> str:
-    """The agent's program, which becomes PID 1 of the guest; built by ``tools/setup`` or beside an installation.
+    """The agent's program, which becomes PID 1 of the guest; built by ``tools/setup``, or part of an installation.
 
     ``KATA_AGENT_BINARY`` names another one. Whether the file exists is not looked at.
     """
@@ -188,7 +209,6 @@ def inspector_binary() -> str:
 
 
 def _built(crate: str, program: str) -> str:
-    above = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    if os.path.basename(above) == "site-packages":
-        return os.path.join(os.path.dirname(above), program)
-    return os.path.join(os.path.dirname(above), crate, "target/x86_64-unknown-linux-gnu/release", program)
+    if is_installed():
+        return shipped(program)
+    return os.path.join(checkout(), crate, "target/x86_64-unknown-linux-gnu/release", program)

@@ -46,7 +46,7 @@ class VMLink(Link):
     def __init__(self, memory_mib: int = MEMORY_MIB, hypervisor: str = "") -> None:
         if os.geteuid() != 0:
             raise HostError("--vm has to run as root: it makes a virtual machine", "run it with sudo")
-        guest = manifest.load(paths.guest_dir())
+        guest = manifest.installed()
         choice = accel.choose()
         monitor = registry.find(canonical(hypervisor))
         if choice.accel not in monitor.accelerators:

@@ -228,10 +228,10 @@ def _guest() -> Check:
     from kata.guest import manifest
 
     try:
-        guest = manifest.load(paths.guest_dir())
+        guest = manifest.installed()
     except KataError as error:
         return Check("guest", FAIL, error.message, error.hint or "kata guest build", blocking=True)
-    return Check("guest", OK, f"kernel {guest.kernel_version} ({guest.kernel_kind}), in {paths.guest_dir()}")
+    return Check("guest", OK, f"kernel {guest.kernel_version} ({guest.kernel_kind}), in {guest.directory}")
 
 
 def _clients() -> list[Check]:
@@ -342,7 +342,7 @@ def _file_server() -> Check:
     if program is None:
         return Check("virtiofsd", WARN, f"not found: {by_9p}", "apt-get install virtiofsd")
     try:
-        guest = manifest.load(paths.guest_dir())
+        guest = manifest.installed()
         emulated = accel.choose().accel == "tcg"
     except KataError:  # there are rows for both
         return Check("virtiofsd", OK, program)
@@ -632,7 +632,7 @@ def versions() -> dict[str, str]:
         if version or name == registry.DEFAULT:
             found[name] = version or "not installed"
     try:
-        guest = manifest.load(paths.guest_dir())
+        guest = manifest.installed()
         found["guest kernel"] = f"{guest.kernel_version} ({guest.kernel_kind})"
         found["agent"] = guest.agent_version
     except KataError:

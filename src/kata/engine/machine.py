@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 
-from kata import paths
 from kata.config import files
 from kata.errors import ConfigError, GuestAssetError, HostError, UnsupportedError, UsageError
 from kata.guest import manifest
@@ -157,7 +156,7 @@ def _guest(conf: Configuration) -> tuple[GuestSettings, str]:
         # What a kernel keeps for itself is not known of somebody else's: the larger of ours is assumed.
         guest, kind = GuestSettings(kernel=kernel, initrd=initrd), "distro"
     else:
-        built = manifest.load(paths.guest_dir())
+        built = manifest.installed()
         guest, kind = GuestSettings(kernel=built.kernel, initrd=built.initrd), built.kernel_kind
         guest.extensions = [built.extension(name) for name in names]
         guest.kernel_version = built.kernel_version

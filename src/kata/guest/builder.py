@@ -77,8 +77,8 @@ def info() -> dict[str, Any]:
     Raises:
         GuestAssetError: No guest is installed, or it is incomplete.
     """
-    directory = paths.guest_dir()
-    return {"directory": directory, **manifest.load(directory).content}
+    guest = manifest.installed()
+    return {"directory": guest.directory, **guest.content}
 
 
 def _kernel(kind: str, force: bool, progress: Progress) -> kernels.Kernel:
@@ -93,15 +93,14 @@ def _kernel(kind: str, force: bool, progress: Progress) -> kernels.Kernel:
 
 
 def _installed_small() -> kernels.Kernel | None:
-    directory = paths.guest_dir()
     try:
-        guest = manifest.load(directory)
+        guest = manifest.installed()
     except GuestAssetError:
         return None
     if guest.kernel_kind != "small":
         return None
     facts = guest.content["kernel"]
-    return kernels.Kernel(directory, {**facts, "release": facts["version"]}, facts["path"])
+    return kernels.Kernel(guest.directory, {**facts, "release": facts["version"]}, facts["path"])
 
 
 def _installed_extensions(directory: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 
+from kata import paths
 from kata.errors import GuestAssetError
 from kata.json_text import loads
 
@@ -24,6 +25,7 @@ class Guest:
     """The guest of a directory.
 
     Attributes:
+        directory: Where it is.
         kernel: Path of the kernel.
         initrd: Path of the initrd.
         kernel_kind: ``"small"`` (built here) or ``"distro"`` (a distribution's).
@@ -34,10 +36,20 @@ class Guest:
         content: The whole manifest.
     """
 
-    __slots__ = ("agent_version", "bounces", "content", "initrd", "kernel", "kernel_kind", "kernel_version")
+    __slots__ = (
+        "agent_version",
+        "bounces",
+        "content",
+        "directory",
+        "initrd",
+        "kernel",
+        "kernel_kind",
+        "kernel_version",
+    )
 
     def __init__(self, directory: str, content: dict[str, Any]) -> None:
         kernel, initrd = content["kernel"], content["initrd"]
+        self.directory = directory
         self.content = content
         self.kernel = os.path.join(directory, kernel["path"])
         self.initrd = os.path.join(directory, initrd["path"])
@@ -66,11 +78,25 @@ class Guest:
         return path
 
 
+def installed() -> Guest:
+    """The guest of this machine: the one that `kata guest build` has made, or else the one that came with kata.
+
+    Raises:
+        GuestAssetError: There is neither, or it is incomplete.
+    """
+    directory = paths.guest_dir()
+    if not os.environ.get("KATA_GUEST_DIR") and not os.path.exists(os.path.join(directory, NAME)):
+        came_along = paths.shipped("guest")
+        if os.path.exists(os.path.join(came_along, NAME)):
+            directory = came_along
+    return load(directory)
+
+
 def load(directory: str) -> Guest:
     """Read the manifest, and check that the two files exist with their recorded sizes.
 
     Args:
-        directory: The guest directory, normally `kata.paths.guest_dir`.
+        directory: The guest directory.
 
     Raises:
         GuestAssetError: No guest was built, or it is incomplete.

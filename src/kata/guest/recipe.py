@@ -1,6 +1,6 @@
 """Reads the recipe of a guest: the small kernel's configuration and patches, a packaged kernel's modules.
 
-They lie in ``guest/`` beside the directory that holds the package: of a checkout, and of an installation.
+They lie in ``guest/`` of a checkout, and in ``shipped/recipe/`` of an installed package.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 
+from kata import paths
 from kata.errors import GuestAssetError
 
 CONFIGURATION = "kernel.config"
@@ -49,8 +50,7 @@ def patches() -> list[tuple[str, str]]:
 
 
 def _directory() -> str:
-    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    return os.path.join(os.path.dirname(os.path.dirname(package)), "guest")
+    return paths.shipped("recipe") if paths.is_installed() else os.path.join(paths.checkout(), "guest")
 
 
 class Rule:

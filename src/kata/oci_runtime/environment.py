@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 
-from kata import __version__, paths
+from kata import __version__
 from kata.errors import KataError
 
 TYPE_CHECKING = False
@@ -56,7 +56,7 @@ def _guest(conf: Configuration, which: str) -> str:
     if named := conf.get(f"hypervisor.{which}", ""):
         return str(named)
     try:
-        return str(getattr(manifest.load(paths.guest_dir()), which))
+        return str(getattr(manifest.installed(), which))
     except KataError:  # kata doctor tells the reason
         return ""
 
