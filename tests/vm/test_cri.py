@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tutorials
 from cni_support import PLUGINS, forwarded, write_network
 from containerd_support import USE_SECOND, Containerd, with_command
 from management_support import curl
@@ -625,3 +626,16 @@ def test_port_forward_reaches_the_guests_loopback(cri: Cri) -> None:
     # Nobody listens there: that ends, and harms nothing.
     assert _forwarded(cri, pod[0], 81) == b""
     assert _forwarded(cri, pod[0], 8080, request).endswith(b"served\n")
+
+
+def test_the_tutorial(cri: Cri, busybox_image: str, tmp_path: Path) -> None:
+    layout = Path(busybox_image.removeprefix("oci:"))
+    cri.daemon.import_image(layout, "docker.io/library/busybox:latest", "k8s.io")
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    socket = f"unix://{cri.daemon.socket}"
+    tutorials.program(
+        programs, "crictl", *cri.daemon.around, str(shutil.which("crictl")), "-r", socket, "-i", socket
+    )
+    environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"}
+    tutorials.run("tutorials/kubernetes-node.md", tmp_path, environment)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import netlab
 import pytest
+import tutorials
 from containerd_support import ROOT, RUNTIME, Containerd
 from management_support import curl
 from netlab import answer_a
@@ -167,6 +168,7 @@ def _busybox() -> bytes:
             "nslookup",
             "od",
             "tr",
+            "httpd",
         ):
             link = tarfile.TarInfo(f"bin/{name}")
             link.type, link.linkname = tarfile.SYMTYPE, "busybox"
@@ -405,3 +407,8 @@ def test_the_hosts_namespaces_are_refused(docker: Docker, option: str, name: str
 
 def test_a_missing_command_is_127(docker: Docker) -> None:
     assert "executable file not found in $PATH" in docker.run("--rm", "bb", "nosuch", code=127)
+
+
+def test_the_tutorial(docker: Docker, tmp_path: Path) -> None:
+    docker("tag", "bb", "busybox")
+    tutorials.run("tutorials/docker-host.md", tmp_path, docker.env)
