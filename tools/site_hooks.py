@@ -7,6 +7,7 @@ Source: https://www.mkdocs.org/user-guide/configuration/#hooks.
 
 from __future__ import annotations
 
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -34,6 +35,16 @@ _PIECE = re.compile(
     re.DOTALL | re.MULTILINE,
 )
 """A block of code, a link (whose text may have code in it), or code: whichever begins first."""
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Put documents that the navigation does not have yet at its end; decisions are listed on a page of their own."""
+    text = json.dumps(config.nav)
+    documents = [path.relative_to(ROOT / "docs") for path in sorted((ROOT / "docs").rglob("*.md"))]
+    more = [str(path) for path in documents if path.parts[0] != "adr" and f'"{path}"' not in text]
+    if more:
+        config.nav = [*(config.nav or []), {"More": more}]
+    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
