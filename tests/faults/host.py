@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 Snapshot = dict[str, list[str]]
+_STANDING = str(Path(__file__).resolve().parents[2] / "src/kata/oci_runtime/pid_process.py")
 _COMMAND = 240
 """How much of a command line is compared, and shown: conmon's has thousands of bytes."""
 
@@ -93,13 +94,16 @@ class Place:
                 continue
             command = _read(f"/proc/{pid}/cmdline").replace("\0", " ").strip()
             environment = _read(f"/proc/{pid}/environ")
-            named = directory in command or self._is_named(command) or self._is_in_network(pid)
+            named = directory in command or self._is_named(command) or self._stands(pid, command)
             if command and (named or self.mark in environment.split("\0")):
                 yield command[:_COMMAND]
 
-    def _is_in_network(self, pid: int) -> bool:
-        """Whether a process is in a sandbox's network namespace: its words and environment need not say whose it is."""
-        if not self.net_inodes:
+    def _stands(self, pid: int, command: str) -> bool:
+        """Whether a process stands for a container here: its words and environment do not say whose it is.
+
+        The inode alone does not tell: the kernel gives that of a namespace which has gone to the next one.
+        """
+        if _STANDING not in command:
             return False
         try:
             return os.stat(f"/proc/{pid}/ns/net").st_ino in self.net_inodes
