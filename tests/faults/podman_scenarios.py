@@ -130,10 +130,10 @@ class Direct:
 
     def __init__(self, target: PodmanTarget, name: str) -> None:
         self._target = target
-        self.name = name
+        self.name = f"{target.token}-{name}"  # by which it is known in all places of the host
         self._known = set(target.sandboxes())
         self._bundle = target.bundle(name, "sleep", "2")
-        target.seen.add(name)
+        target.seen.add(self.name)
 
     def _runtime(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return self._target.client(self._target.runtime, *arguments)
