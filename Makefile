@@ -98,6 +98,12 @@ bench-hypervisors: ## each hypervisor's start, stop and memory, beside the bare 
 	@tools/setup test
 	@bench/hypervisors $(A)
 
+.PHONY: bench-inspect
+bench-inspect: ## kata inspect-image beside syft on a Debian image of some 300 MB; A='--rounds 3 --layout DIR'
+	@tools/setup test
+	@tools/setup conformance
+	@bench/inspect-images $(A)
+
 bench-scrape: ## what a scrape of a sandbox costs its host, beside one that is not scraped; A='--sandboxes 5 --seconds 60'
 	@tools/setup test
 	@bench/scrape $(A)

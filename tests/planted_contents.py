@@ -232,7 +232,9 @@ def what_only_looks_like_secrets() -> Image:
         "app/settings.json": '{"password": "{{ .Values.password1 }}", "tokens": 12345678901234}\n',
         "usr/share/doc/x.conf": f"password={made.BODY[:16]}\n",
     }
-    return Image([layer(*(member(name, content=text.encode()) for name, text in files.items()))])
+    library = made.elf(interpreter="", data=pem())
+    members = [member(name, content=text.encode()) for name, text in files.items()]
+    return Image([layer(*members, member("usr/lib/libtls.so", content=library))])
 
 
 @case

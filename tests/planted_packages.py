@@ -82,16 +82,17 @@ def apk_whole_and_broken() -> Image:
 
 
 RPMS = [made.rpm_header(f"package-{number}", "1.0", f"{number}.fc40") for number in range(60)]
+LARGE = "large" + "x" * 50
 RPM_NAMES = [("rpm", f"package-{number}", f"1.0-{number}.fc40") for number in range(60)]
 
 
 @case
 def rpm_in_sqlite() -> Image:
-    large = made.rpm_header("large" + "x" * 50, "1" * 200, "1", epoch=2) + bytes(20_000)
+    large = made.rpm_header(LARGE, "1" * 200, "1", epoch=2) + bytes(20_000)
     key = made.rpm_header("gpg-pubkey", "1", "1")
     database = made.rpm_sqlite(*RPMS, large, key)
     return Image([layer(member("var/lib/rpm/rpmdb.sqlite", content=database))],
-                 packages=[*RPM_NAMES, ("rpm", "large" + "x" * 50, "2:" + "1" * 200 + "-1")])  # fmt: skip
+                 packages=[*RPM_NAMES, ("rpm", "gpg-pubkey", "1-1"), ("rpm", LARGE, f"2:{'1' * 200}-1")])  # fmt: skip
 
 
 @case

@@ -517,6 +517,7 @@ impl Image {
             self.scripts += content.text.len();
         }
         let mut search = secrets::Search::new(data, is_text && is_setting(path), MAX_SECRETS_OF_A_FILE);
+        search.is_library = content.elf.as_ref().is_some_and(|elf| !elf.is_program);
         let mut hash = self.hashes.map(Hash);
         let mut piece = std::mem::take(data);
         let mut passed = 0;

@@ -66,7 +66,7 @@ fn header(data: &[u8]) -> Option<Package> {
             _ => {}
         }
     }
-    if found.name.is_empty() || found.name == "gpg-pubkey" {
+    if found.name.is_empty() {
         return None;
     }
     let epoch = epoch.filter(|number| *number > 0).map(|number| format!("{number}:")).unwrap_or_default();

@@ -132,6 +132,8 @@ pub struct Search {
     most: usize,
     lines: usize,
     carried: Vec<u8>,
+    /// Leave keys in PEM out: libraries of cryptography hold some that they try themselves with.
+    pub is_library: bool,
     pub found: Vec<Secret>,
 }
 
@@ -139,7 +141,15 @@ impl Search {
     /// `head` is the beginning of the file, which has to be fed, too.
     pub fn new(head: &[u8], is_setting: bool, most: usize) -> Search {
         let is_wide = head.starts_with(&[0xff, 0xfe]) || head.starts_with(&[0xfe, 0xff]);
-        Search { is_setting: is_setting || is_wide, is_wide, most, lines: 0, carried: Vec::new(), found: Vec::new() }
+        Search {
+            is_setting: is_setting || is_wide,
+            is_wide,
+            most,
+            lines: 0,
+            carried: Vec::new(),
+            is_library: false,
+            found: Vec::new(),
+        }
     }
 
     pub fn feed(&mut self, piece: &[u8]) {
@@ -158,6 +168,9 @@ impl Search {
             &joined[..]
         };
         for mut one in scan(window, self.is_setting, self.most) {
+            if self.is_library && one.rule == "private-key" {
+                continue;
+            }
             one.line += self.lines;
             let is_known = self.found.iter().any(|other| (other.rule, other.line) == (one.rule, one.line));
             if !is_known && self.found.len() < self.most {

@@ -115,9 +115,9 @@ def bootstrapped(work: Path, layout: Path, include: str = "") -> Ordinary:
     subprocess.run(command, check=True)
     (work / "var/lib/dpkg").mkdir(parents=True)
     with tarfile.open(archive) as tar:
-        for one in tar:
-            if one.name == "./var/lib/dpkg/status":
-                tar.extract(one, work, filter="data")
+        status = tar.extractfile("./var/lib/dpkg/status")
+        assert status is not None
+        (work / "var/lib/dpkg/status").write_bytes(status.read())
     found = dpkg_says(work / "var/lib/dpkg/status")
     return made_of(archive, layout, found, {"deb"}, "/bin/bash")
 
@@ -249,7 +249,7 @@ def go_like(work: Path, layout: Path) -> Ordinary:
 
 
 def java_like(work: Path, layout: Path) -> Ordinary:
-    names = ("libcommons-lang3-java", "libcommons-io-java", "libguava-java", "libslf4j-java", "libgson-java", "libjackson2-core-java")  # fmt: skip # noqa: E501
+    names = ("libcommons-lang3-java", "libcommons-io-java", "libguava-java", "libslf4j-java", "libgoogle-gson-java", "libjackson2-core-java")  # fmt: skip # noqa: E501
     unpacked(work / "tree", *names)
     return made_of(packed(work / "tree", work / "x.tar"), layout, [], set())
 
