@@ -213,7 +213,6 @@ def test_detach_keys() -> None:
     [
         (["buildx", "x"], "kata has no command 'buildx'\nhint: kata build"),
         (["run", "--rmi", "x"], "kata run has no option --rmi\nhint: kata rmi IMAGE afterwards"),
-        (["run", "--net", "none", "x"], "it is called --network"),
         (["run", "--health-startup-cmd", "y", "x"], "--health-cmd and --health-start-period do it"),
         (["run", "--device-read-bps", "/dev/vda:1mb", "x"], "limits are --cpus"),
         (["run", "--device-cgroup-rule", "c 1:1 r", "x"], "--device HOST:CONTAINER:rwm"),

@@ -107,7 +107,7 @@ _OPTIONS = [
     Option("--cap-add", "CAP", "add a capability, or ALL", many=True),
     Option("--cap-drop", "CAP", "drop a capability, or ALL", many=True),
     Option(
-        "--network",
+        "--net --network",
         "none|user|tap|NETWORK",
         "'user' (the default): outgoing connections and -p; 'tap': the same through a tap device, as hypervisors"
         " have it that take nothing else; 'none': loopback only; or 'user' and a network of kata network create",

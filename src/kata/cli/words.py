@@ -90,7 +90,6 @@ OPTIONS: dict[str, dict[str, str]] = {
         "--gpus": "kata run cannot pass devices of the host into a container",
         "--expose": "-p HOST:GUEST; nothing has to be exposed first",
         "--mac-address": "the machine's address is its own",
-        "--net": "it is called --network",
         "--link": "kata network create NAME, and --network NAME with both containers",
         "--pid --ipc": "containers share no namespaces across machines",
         "--uts": "containers share no namespaces across machines; -h sets the host name",
