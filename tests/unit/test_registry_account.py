@@ -142,7 +142,7 @@ def flattened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(export, "_write_tar", write)
     monkeypatch.setattr(export, "_container_of", lambda image: contextlib.nullcontext(SimpleNamespace()))
-    monkeypatch.setattr(export, "_mounted", lambda container: contextlib.nullcontext())
+    monkeypatch.setattr(export, "mounted_root", lambda container: contextlib.nullcontext())
     return asked
 
 
