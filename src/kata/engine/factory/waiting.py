@@ -340,6 +340,7 @@ class Keeper:
     async def _wait(self, vm: Machine, threads: ThreadPoolExecutor) -> _Order | None:
         """Return what the first has handed over who connects; None when it is to end."""
         import asyncio
+        from concurrent.futures import ThreadPoolExecutor
 
         assert self._listener is not None
         loop = asyncio.get_running_loop()
@@ -374,6 +375,7 @@ class Keeper:
         except OSError:
             pass
         order.close()
+        loop.set_default_executor(ThreadPoolExecutor(2))  # an end may block
         return None
 
     def _is_over(self) -> bool:

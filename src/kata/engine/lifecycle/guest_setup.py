@@ -118,11 +118,13 @@ async def _bring_up(sandbox: BootingSandbox, step: _Step) -> AgentClient:
     step.name = "waiting for the agent in the guest"
     ready_s = sandbox.settings.described().guest.ready_s or READY_S
     agent = await runtime.connect_agent(ready_s)
-    await _healthy(agent, runtime.life.exit_reason, ready_s)
+    has_waited = runtime.machine.waiting is not None
+    if not has_waited:  # otherwise it has just answered, and drawn nothing since it was seeded
+        await _healthy(agent, runtime.life.exit_reason, ready_s)
     answered_ns = time.monotonic_ns()
 
     step.name = SETTING_UP
-    if runtime.machine.is_clone:
+    if runtime.machine.is_clone and not has_waited:
         # Before anything else draws from what it has of its template's.
         await agent.reseed(os.urandom(SEED_BYTES))
     features = asyncio.ensure_future(agent.negotiate_features())
