@@ -177,14 +177,14 @@ def chosen(
     own = ["conmon", "standing", "runtime"] if options.podman else ["containerd"]
     there_are = ["engine", "hypervisor", *own, *file_server]
     wrongly = stops.WRONGLY if options.hypervisor in stops.PARTS else ()  # QEMU's QMP is tested by itself
-    commands = ("shim", "maker", "exec-conmon")
+    commands = ("shim", "maker", "exec-conmon", "waiter")
     victims = {*options.victims.split(",")} & {*there_are, rounds.HANG, *wrongly, *commands}
     if not file_server:
         names = [name for name in names if name != "create.files"]  # nobody gets there
     if options.hypervisor in stops.SHARES_NOTHING:
         names = [name for name in names if name != "create.root"]  # a disk is not mounted here
     if options.hypervisor != "qemu":
-        names = [name for name in names if stops.BY_NAME[name].phase not in ("template", "clone")]
+        names = [name for name in names if stops.BY_NAME[name].phase not in ("template", "clone", "pool")]
     at_points = rounds.podman_rounds(names) if options.podman else rounds.point_rounds(names)
     numbers = range(options.first, options.first + options.rounds)
     at_random = rounds.random_rounds(seed, numbers, there_are, kinds)

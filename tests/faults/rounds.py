@@ -17,13 +17,14 @@ from typing import Any
 from faults import answers, scenarios, stops
 from faults import oci_points as oci
 from faults.host import Snapshot, difference
+from faults.pool import child
 from faults.scenario import Scenario, until
 from faults.target import Failure, Script, Target
 
 HANG = stops.HANG
 VICTIMS = (
     *("engine", "hypervisor", HANG, *stops.WRONGLY, "virtiofsd", "containerd", "shim", "maker"),
-    *("runtime", "standing", "conmon", "exec-conmon"),
+    *("runtime", "standing", "conmon", "exec-conmon", "waiter"),
 )
 """``shim`` and ``runtime`` are commands, which run when somebody executes them; ``standing`` is the process of the host
 that stands for a container (`kata.oci_runtime.pid_process`)."""
@@ -42,8 +43,8 @@ class Round:
         victim: Who is killed.
         point: At which stop point; None at a random moment.
         moment: Random rounds: the moment, as a part of what an undisturbed round takes.
-        scenario: ``ctr``, ``crictl``; by ctr ``disks`` (with the root file system on disks), ``making`` (a template)
-            or ``clone`` (from one); ``podman``, ``run`` (`kata-runtime run`).
+        scenario: ``ctr``, ``crictl``; by ctr ``disks`` (with the root file system on disks), ``making`` (a template),
+            ``clone`` (from one) or ``pool`` (one that has waited); ``podman``, ``run`` (`kata-runtime run`).
     """
 
     def __init__(
@@ -190,7 +191,7 @@ class Runner:
         """
         began = time.monotonic()
         result: dict[str, Any] = {"ok": True, "victim": one.victim, "scenario": one.scenario}
-        wanted = (one.victim in stops.WRONGLY, one.scenario in ("making", "clone"))
+        wanted = (one.victim in stops.WRONGLY, one.scenario in ("making", "clone", "pool"))
         if wanted != (self._answers_wrongly, self._templates):
             self.close()
             self._answers_wrongly, self._templates = wanted
@@ -292,6 +293,8 @@ class Runner:
                 ended = "; ".join(f"{name}: {code} {said}" for name, code, said in script.ended)
                 raise Failure(f"the point {one.point.name} was not reached ({ended})")
             time.sleep(0.005)
+        if one.point.where == "waiter" and one.victim not in ("shim", "containerd"):
+            return waiting if one.victim == "waiter" else child(waiting, one.victim)
         if one.victim in ("shim", "maker", "runtime") or (
             one.victim == "engine" and one.point.where == "engine"
         ):

@@ -316,6 +316,8 @@ def make(kind: str, target: Target, name: str) -> Scenario:
         target: Where; the one of that kind.
         name: Of the container or pod.
     """
+    from faults.pool import Pool  # which is made of these here
+
     by_podman: dict[str, Callable[[PodmanTarget, str], Scenario]] = {"podman": ByPodman, "run": Direct}
     if kind in by_podman:
         return by_podman[kind](cast(PodmanTarget, target), name)
@@ -325,5 +327,6 @@ def make(kind: str, target: Target, name: str) -> Scenario:
         "disks": Disks,
         "making": Making,
         "clone": Clone,
+        "pool": Pool,
     }
     return by_containerd[kind](cast(Daemon, target), name)

@@ -28,7 +28,7 @@ def main() -> int:
     launcher.command = lambda: [sys.executable, "-I", "-S", os.path.realpath(__file__)]
     directory = os.environ.get(stops.VARIABLE)
     if directory:
-        where = {"engine": "engine", "make-template": "maker"}
+        where = {"engine": "engine", "make-template": "maker", "wait-for-sandbox": "waiter"}
         stops.install(directory, where.get("".join(sys.argv[1:2]), "shim"))
     return program.main()
 

@@ -51,8 +51,9 @@ class Point:
     Attributes:
         name: ``phase.moment``; the phase is what the client is doing.
         where: Who reaches it: ``shim`` (a command of the shim, or of `kata-runtime` where it starts an engine),
-            ``runtime`` (`kata-runtime` alone), ``engine``, or ``maker`` (of a template); ``monitor`` is a request to
-            the hypervisor, which is answered wrongly (`faults.answers`).
+            ``runtime`` (`kata-runtime` alone), ``engine``, ``maker`` (of a template), or ``waiter`` (with a machine of
+            the pool, also when it has become a sandbox's engine); ``monitor`` is a request to the hypervisor, which
+            is answered wrongly (`faults.answers`).
         what: In words, for the report.
         scenario: Whose client's calls lead there.
     """
@@ -77,6 +78,9 @@ class Point:
             return list(WRONGLY)
         if self.where == "maker":
             return ["maker", "engine", "hypervisor", "containerd"]
+        if self.where == "waiter":
+            asks = ["shim"] if self.name in ("pool.order-received", "pool.confirmed") else []
+            return ["waiter", "hypervisor", HANG, "virtiofsd", *asks, "containerd"]
         if self.phase == "clone":
             there = [] if self.name == "clone.found" else ["hypervisor", "hang"]
             return ["engine", *there, "containerd"]
@@ -166,6 +170,14 @@ POINTS += [
     Point("clone.restored", "engine", "a machine goes on from the template", "clone"),
     Point("clone.agent", "engine", "its agent has answered for the first time", "clone"),
     Point("clone.reseeded", "engine", "its random numbers are its own", "clone"),
+]
+POINTS += [
+    Point("pool.restored", "waiter", "a machine goes on that is to wait", "pool"),
+    Point("pool.listening", "waiter", "it waits", "pool"),
+    Point("pool.order-received", "waiter", "it has been told whose it is to be", "pool"),
+    Point("pool.confirmed", "waiter", "both have said that it is", "pool"),
+    Point("pool.given-disks", "waiter", "it has the sandbox's disks", "pool"),
+    Point("pool.taken", "waiter", "it is the sandbox's, with its network and files", "pool"),
 ]
 POINTS += [
     Point("create.reserved", "runtime", "the container's id is taken, nothing is recorded", "podman"),
@@ -259,7 +271,7 @@ def install(directory: str, where: str) -> None:
 
     Args:
         directory: Where they are armed.
-        where: ``shim``, ``engine``, ``maker`` or ``runtime``.
+        where: ``shim``, ``engine``, ``maker``, ``runtime`` or ``waiter``.
     """
     global _directory
     _directory = directory
@@ -268,6 +280,7 @@ def install(directory: str, where: str) -> None:
         "engine": _install_engine,
         "maker": _install_maker,
         "runtime": _install_runtime,
+        "waiter": _install_waiter,
     }
     ways[where]()
 
@@ -280,6 +293,18 @@ def _install_maker() -> None:
     put_around(QemuMonitor, "start", after="template.machine")
     put_around(maker, "_to_disk", after="template.synced")
     put_around(maker, "_make", after="template.named")
+
+
+def _install_waiter() -> None:
+    from kata.engine.factory import waiting, waiting_machine
+    from kata.engine.lifecycle import boot
+
+    put_around(waiting.Keeper, "start", after="pool.restored")
+    put_around(waiting.Keeper, "_listen", after="pool.listening")
+    put_around(waiting._Order, "receive", after="pool.order-received")
+    put_around(waiting, "_become", before="pool.confirmed")
+    put_around(waiting_machine.Waiting, "give", after="pool.given-disks")
+    put_around(boot, "power_on", after="pool.taken")
 
 
 def _install_shim() -> None:
