@@ -96,3 +96,18 @@ def test_the_streams_of_an_exec_that_nobody_will_start_are_let_go_of(
         with pytest.raises(NotFoundError):
             client.start("c1", "e")
         assert client.state("c1").status == RUNNING
+
+
+def test_an_exec_that_has_ended_is_forgotten(
+    engine: Engine, start: Callable[..., standing.Standing]
+) -> None:
+    """Nobody deletes it: a container with a health check would have a thousand of them after a day."""
+    one = start()
+    with engine.client() as client:
+        client.create("c1", engine.bundle("sleep"))
+        client.start("c1")
+        client.exec("c1", "e", process("true"), stdin=f"handover://{one.path}")
+        client.start("c1", "e")
+        one.let_go()
+        assert ended(one.pid) >= 0
+        until(lambda: not engine.sandbox.containers["c1"].execs, "the exec is forgotten")

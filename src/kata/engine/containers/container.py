@@ -403,7 +403,15 @@ class Container:
     def _reported(self, process: Process) -> None:
         if process.stdio.host_process is not None:
             process.stdio.host_process.end(process.exit_status)
+            if process.exec_id:  # the OCI command line deletes no exec: its caller has been told of the end
+                self.sandbox.tasks.create_task(self._forget_exec(process.exec_id))
         self.sandbox.process_ended(self, process)
+
+    async def _forget_exec(self, exec_id: str) -> None:
+        try:
+            await self.delete_exec(exec_id)
+        except KataError:
+            pass  # it has been deleted meanwhile
 
     # ---- what else one can do to it ----
 
