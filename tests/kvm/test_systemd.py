@@ -6,6 +6,7 @@ for it and for what it starts, a machine of its own with cgroup version 2.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -14,22 +15,29 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import Kata
 from containerd_support import Containerd, running
+from oci_support import running as oci_running
 from waiting import until
 
 from kata.engine.client import EngineClient
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
+LONG = {"test_a_container_is_started_again"}
 CGROUPS = Path("/sys/fs/cgroup")
 BOX = CGROUPS / "booted"
+UNITS = Path("/run/systemd/system")
 SCRIPT = """\
 set -e
 umount -l /sys/fs/cgroup
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 mount -t proc proc /proc
 export container=kata-test
-exec /lib/systemd/systemd --unit=bare.target --show-status=0
+# What the units of this machine would start is there already; running generators takes a minute in the lab.
+export SYSTEMD_UNIT_PATH=/run/systemd/system:/etc/systemd/system
+export SYSTEMD_GENERATOR_PATH=/run/systemd/none SYSTEMD_ENVIRONMENT_GENERATOR_PATH=/run/systemd/none
+exec /lib/systemd/systemd --unit=multi-user.target --show-status=0
 """
 MIB = 1 << 20
 
@@ -42,9 +50,9 @@ class Systemd:
         top: Its uppermost cgroup, as seen from here.
     """
 
-    def __init__(self, around: list[str], top: Path) -> None:
-        self.around = around
-        self.top = top
+    def __init__(self) -> None:
+        self.around: list[str] = []
+        self.top = CGROUPS
 
     def call(self, *argv: str) -> str:
         done = subprocess.run([*self.around, *argv], capture_output=True, text=True, check=False)
@@ -55,49 +63,79 @@ class Systemd:
         return self.call("systemctl", "show", "--value", f"--property={name}", unit).strip()
 
 
+class Booted(Systemd):
+    """One that is the first process of a PID namespace, with targets that pull nothing in.
+
+    Args:
+        said: A file for what it prints.
+    """
+
+    def __init__(self, said: Path) -> None:
+        super().__init__()
+        self.top = BOX
+        self._said = said
+        self._unshare: subprocess.Popen[bytes] | None = None
+
+    def boot(self) -> None:
+        """Boot it, and return when it answers."""
+        UNITS.mkdir(parents=True)
+        for name in ("basic", "multi-user", "network-online", "shutdown", "sysinit"):
+            (UNITS / f"{name}.target").write_text(f"[Unit]\nDescription={name}\nDefaultDependencies=no\n")
+        BOX.mkdir()
+        enter = (
+            f"echo 0 >{BOX}/cgroup.procs;"
+            f" exec unshare --pid --fork --mount --cgroup --kill-child sh -c '{SCRIPT}'"
+        )
+        with self._said.open("ab") as log:
+            self._unshare = subprocess.Popen(
+                ["sh", "-c", enter], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+        # It stays outside of the namespaces; what is their uppermost cgroup must have no process.
+        children = Path(f"/proc/{self._unshare.pid}/task/{self._unshare.pid}/children")
+        until(lambda: children.read_text(), "the first process", self._said.read_text)
+        (CGROUPS / "cgroup.procs").write_text(str(self._unshare.pid))
+        until(
+            lambda: Path("/run/systemd/private").exists() and (BOX / "init.scope/cgroup.procs").exists(),
+            "systemd answers",
+            self._said.read_text,
+        )
+        pid = next(
+            pid
+            for pid in (BOX / "init.scope/cgroup.procs").read_text().split()
+            if b"systemd\0--unit=multi-user.target" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        )
+        # Into its cgroups first: from outside of them, nothing can be moved within.
+        into = f'mkdir -p {BOX}/tests; echo 0 >{BOX}/tests/cgroup.procs; exec nsenter -t {pid} -m -p -C "$@"'
+        self.around = ["sh", "-c", into, "sh"]
+
+    def end(self) -> None:
+        """Have it end as by the power switch: with all that it has started. May be called again."""
+        if self._unshare is not None:
+            self._unshare.send_signal(signal.SIGKILL)
+            self._unshare.wait()
+            self._unshare = None
+        if BOX.exists():
+            until(lambda: "populated 0" in (BOX / "cgroup.events").read_text(), "all of it has ended")
+            for directory, _, _ in os.walk(BOX, topdown=False):
+                os.rmdir(directory)
+        shutil.rmtree(UNITS.parent, ignore_errors=True)
+
+
 @pytest.fixture
 def systemd(run_directory: Path) -> Iterator[Systemd]:
     if os.path.isdir("/run/systemd/system"):
-        yield Systemd([], CGROUPS)
+        yield Systemd()
         return
     if "KVM_LAB" not in os.environ:
         pytest.skip("needs a machine that systemd has booted, or the KVM lab")
     if not os.path.exists("/lib/systemd/systemd") or shutil.which("systemd-run") is None:
         pytest.skip("needs systemd (apt-get install systemd)")
-    units = Path("/run/systemd/system")
-    units.mkdir(parents=True)
-    # Nothing of what a boot needs: the machine has that already.
-    (units / "bare.target").write_text("[Unit]\nDescription=Nothing else\nDefaultDependencies=no\n")
-    BOX.mkdir()
-    enter = f"echo 0 >{BOX}/cgroup.procs; exec unshare --pid --fork --mount --cgroup --kill-child sh -c '{SCRIPT}'"
-    said = run_directory / "systemd.log"
-    with said.open("wb") as log:
-        unshare = subprocess.Popen(["sh", "-c", enter], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    one = Booted(run_directory / "systemd.log")
     try:
-        # It stays outside of the namespaces; what is their uppermost cgroup must have no process.
-        children = Path(f"/proc/{unshare.pid}/task/{unshare.pid}/children")
-        until(lambda: children.read_text(), "the first process", said.read_text)
-        (CGROUPS / "cgroup.procs").write_text(str(unshare.pid))
-        until(
-            lambda: Path("/run/systemd/private").exists() and (BOX / "init.scope/cgroup.procs").exists(),
-            "systemd answers",
-            said.read_text,
-        )
-        pid = next(
-            pid
-            for pid in (BOX / "init.scope/cgroup.procs").read_text().split()
-            if b"systemd\0--unit=bare.target" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        )
-        # Into its cgroups first: from outside of them, nothing can be moved within.
-        into = f'mkdir -p {BOX}/tests; echo 0 >{BOX}/tests/cgroup.procs; exec nsenter -t {pid} -m -p -C "$@"'
-        yield Systemd(["sh", "-c", into, "sh"], BOX)
+        one.boot()
+        yield one
     finally:
-        unshare.send_signal(signal.SIGKILL)
-        unshare.wait()
-        until(lambda: "populated 0" in (BOX / "cgroup.events").read_text(), "all of it has ended")
-        for directory, _, _ in os.walk(BOX, topdown=False):
-            os.rmdir(directory)
-        shutil.rmtree("/run/systemd")
+        one.end()
 
 
 @pytest.fixture
@@ -149,3 +187,94 @@ def test_a_sandbox_is_a_scope_of_systemd(daemon: Containerd, systemd: Systemd) -
         lambda: systemd.shown(unit, "ActiveState") == "inactive", "systemd knows of no such scope any more"
     )
     assert "systemd" not in daemon.diagnosis()
+
+
+def test_the_cgroup_that_podman_asks_systemd_for(
+    run_directory: Path, guest_assets: Path, busybox_image: str, systemd: Systemd
+) -> None:
+    """What Podman and CRI-O ask for with their cgroup manager "systemd"."""
+    unit, slice_ = "libpod-box.scope", "test-libpod.slice"
+    leaf = systemd.top / "test.slice" / slice_ / unit
+    with oci_running(run_directory / "sd", guest_assets, busybox_image) as runtime:
+        bundle = runtime.bundle("box", "sleep", "1000")
+        config = json.loads((bundle / "config.json").read_text())
+        config["linux"]["cgroupsPath"] = f"{slice_}:libpod:box"
+        config["linux"]["resources"] = {"memory": {"limit": 200 * MIB}}
+        (bundle / "config.json").write_text(json.dumps(config))
+        runtime.around = systemd.around
+        where = ("--bundle", str(bundle), "--pid-file", str(bundle / "pid"))
+        quiet = {"capture_output": False, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        done = runtime.call("--systemd-cgroup", "run", "--detach", *where, "box", **quiet)
+        assert done.returncode == 0, runtime.logs()
+        assert systemd.shown(unit, "ActiveState") == "active", runtime.logs()
+        assert systemd.shown(unit, "Slice") == slice_
+        inside = systemd.call("cat", f"/sys/fs/cgroup/test.slice/{slice_}/{unit}/cgroup.procs").split()
+        assert (bundle / "pid").read_text() in inside
+        assert 200 * MIB < int(systemd.shown(unit, "MemoryMax")) == int((leaf / "memory.max").read_text())
+        runtime("delete", "--force", "box")
+        until(lambda: not leaf.exists(), "the scope's cgroup is gone", runtime.logs)
+        until(lambda: systemd.shown(unit, "ActiveState") == "inactive", "the scope is gone")
+        runtime.around = []
+
+
+def test_a_container_is_started_again(kvm_kata: Kata, busybox_image: str, systemd: Systemd) -> None:
+    """`kata run --restart`: after its end and after a boot, not after it was stopped by hand, and no more often than
+    was asked for.
+    """
+
+    def kata(*arguments: str) -> str:
+        done = subprocess.run(
+            [*systemd.around, *kvm_kata.command(*arguments)],
+            env=kvm_kata.env,
+            capture_output=True,
+            check=False,
+        )
+        assert done.returncode == 0, f"kata {' '.join(arguments)}: {done.stderr.decode()}"
+        return done.stdout.decode().strip()
+
+    def starts(name: str) -> int:
+        return kata("logs", name).splitlines().count("started")
+
+    def made(name: str, policy: str, script: str) -> str:
+        options = ("--restart", policy, "--network", "none", "--name", name)
+        identity = kata("run", "-d", *options, busybox_image, "sh", "-c", f"echo started; {script}")
+        return f"kata-{identity}.service"
+
+    def is_now(unit: str, state: str) -> None:
+        until(
+            lambda: systemd.shown(unit, "ActiveState") == state,
+            f"{unit} is {state}",
+            lambda: systemd.call("systemctl", "status", "--no-pager", unit),
+        )
+
+    units = {}
+    try:
+        units["always"] = made("always", "always", "sleep 1")
+        units["stopped"] = made("stopped", "unless-stopped", "sleep 1000")
+        # The last one: systemd counts anew when its units are read again, as for each that is made.
+        units["twice"] = made("twice", "on-failure:1", "exit 3")
+        until(lambda: starts("always") >= 2, "a restart")
+        assert int(kata("inspect", "-f", "{{.RestartCount}}", "always")) >= 1
+        is_now(units["twice"], "failed")
+        assert starts("twice") == 2
+        for name in ("always", "stopped"):
+            kata("stop", "-t", "0", name)
+            is_now(units[name], "inactive")
+        before = {name: starts(name) for name in units}
+        if isinstance(systemd, Booted):
+            systemd.end()
+            shutil.rmtree(kvm_kata.run_dir)  # it is in memory
+            systemd.boot()
+            # Docker starts it again at a boot, by hand stopped or not.
+            is_now(units["always"], "active")
+            assert systemd.shown(units["stopped"], "ActiveState") == "inactive"
+            until(lambda: starts("always") >= before["always"] + 2, "a start at the boot, and a restart")
+            assert starts("stopped") == before["stopped"]
+        kata("start", "stopped")
+        is_now(units["stopped"], "active")
+    finally:
+        if units:
+            kata("rm", "-f", *units)
+    for unit in units.values():
+        assert not list(Path("/etc/systemd/system").rglob(unit))
+        assert systemd.shown(unit, "LoadState") == "not-found"

@@ -33,6 +33,8 @@ class Runtime:
 
     def __init__(self, directory: Path, guest: Path, image: str) -> None:
         self.directory = directory
+        self.around: list[str] = []
+        """What the program is executed through."""
         self.run_dir = directory / "k"
         self.env = {
             "PATH": os.environ["PATH"],
@@ -58,7 +60,7 @@ class Runtime:
 
     def call(self, *arguments: str, **how: Any) -> subprocess.CompletedProcess[bytes]:
         return subprocess.run(
-            [PROGRAM, *arguments],
+            [*self.around, PROGRAM, *arguments],
             env=self.env,
             timeout=PATIENCE,
             check=False,
