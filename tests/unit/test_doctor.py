@@ -103,7 +103,10 @@ def test_podman_has_a_line_where_it_is_installed(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(client_podman, "DEFAULT_PATH", str(drop_in))
     monkeypatch.setenv("PATH", str(tmp_path))
     assert not any(check.name == "podman" for check in host._clients())
-    (tmp_path / "podman").write_text("#!/bin/sh\necho podman version 4.3.1\n")
+    says = "cgroupfs|v2|/usr/bin/conmon|conmon version 2.1.6"
+    (tmp_path / "podman").write_text(
+        f"#!/bin/sh\ncase $1 in --version) echo podman version 4.3.1;; *) echo '{says}';; esac\n"
+    )
     (tmp_path / "podman").chmod(0o755)
 
     def line() -> tuple[str, str, str]:
@@ -113,7 +116,8 @@ def test_podman_has_a_line_where_it_is_installed(tmp_path: Path, monkeypatch: py
     assert line()[0] == host.OK
     assert line()[2].startswith("kata install podman")
     drop_in.write_text('[engine.runtimes]\nkata = ["/bin/true"]\n')
-    assert line() == (host.OK, "4.3.1; its runtime 'kata' is /bin/true", "")
+    with_what = "cgroup manager cgroupfs (cgroups v2), monitor /usr/bin/conmon 2.1.6"
+    assert line() == (host.OK, f"4.3.1; its runtime 'kata' is /bin/true; {with_what}", "")
     drop_in.write_text('[engine.runtimes]\nkata = ["/none"]\n')
     assert (line()[0], "cannot be executed" in line()[1]) == (host.WARN, True)
     (tmp_path / "podman").write_text("#!/bin/sh\necho podman version 3.0.1\n")
