@@ -92,6 +92,11 @@ impl Wanted {
         if !self.group.is_empty() {
             found.gid = group_id(&self.group, group)?;
         }
+        // As in Docker since CVE-2022-36109: a process that takes another primary group with setgid(2) keeps this one,
+        // so a file from which this group is shut out stays shut.
+        if known.insert(found.gid) {
+            found.groups.insert(0, found.gid);
+        }
         self.add_more_groups(found, group, known)
     }
 
@@ -164,12 +169,12 @@ mod tests {
 
     #[test]
     fn names_and_numbers_follow_dockers_rules() {
-        assert_eq!(resolve(&named("ann")), (1000, 100, vec![10, 29], "/home/ann".into()));
-        assert_eq!(resolve(&named("1000")), (1000, 100, vec![10, 29], "/home/ann".into()));
-        assert_eq!(resolve(&named("ann:wheel")), (1000, 10, vec![], "/home/ann".into()));
-        assert_eq!(resolve(&named("1000:5")), (1000, 5, vec![], "/home/ann".into()));
-        assert_eq!(resolve(&named("4242")), (4242, 0, vec![], "/".into()));
-        assert_eq!(resolve(&named(":audio")), (0, 29, vec![], "/root".into()));
+        assert_eq!(resolve(&named("ann")), (1000, 100, vec![100, 10, 29], "/home/ann".into()));
+        assert_eq!(resolve(&named("1000")), (1000, 100, vec![100, 10, 29], "/home/ann".into()));
+        assert_eq!(resolve(&named("ann:wheel")), (1000, 10, vec![10], "/home/ann".into()));
+        assert_eq!(resolve(&named("1000:5")), (1000, 5, vec![5], "/home/ann".into()));
+        assert_eq!(resolve(&named("4242")), (4242, 0, vec![0], "/".into()));
+        assert_eq!(resolve(&named(":audio")), (0, 29, vec![29], "/root".into()));
         assert_eq!(resolve(&named("bob")).3, "/");
         assert!(named("eve").resolve_in(PASSWD, GROUP).unwrap_err().message.contains("unable to find user eve"));
         assert!(named("ann:nobody").resolve_in(PASSWD, GROUP).is_err());
@@ -180,7 +185,7 @@ mod tests {
         let user = User { uid: 1000, gid: 7, additional_gids: vec![8], ..Default::default() };
         assert_eq!(resolve(&Wanted::new(Some(&user), None)), (1000, 7, vec![8], "/home/ann".into()));
         let text = StringUser { uid: "ann".into(), gid: String::new(), additional_gids: vec!["root".into()] };
-        assert_eq!(resolve(&Wanted::new(Some(&user), Some(&text))).2, vec![8, 10, 29, 0]);
+        assert_eq!(resolve(&Wanted::new(Some(&user), Some(&text))).2, vec![100, 8, 10, 29, 0]);
         assert_eq!(resolve(&Wanted::new(None, None)), (0, 0, vec![], "/root".into()));
     }
 }
