@@ -8,6 +8,7 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,13 @@ def test_what_fails_or_is_interrupted_leaves_nothing(builder: Kata, context: Pat
     assert b"could not build the image" in failed.stderr
     _file(context, "RUN echo it runs; while :; do sleep 1; done")
     words = kata.command("build", "--network", "none", "-t", "made:3", str(context))
-    with subprocess.Popen(words, env=kata.env, stderr=subprocess.PIPE, start_new_session=True) as child:
+    with subprocess.Popen(
+        words,
+        env=kata.env,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # who runs the tests may ignore it
+    ) as child:
         try:
             until(lambda: list((kata.run_dir / "sandboxes").glob("*")), "the machine of RUN")
             os.killpg(child.pid, signal.SIGINT)

@@ -533,7 +533,8 @@ def test_bad_input_gets_one_sentence(
 ) -> None:
     done = shared_kata.call(*[busybox_image if word == "IMAGE" else word for word in argv])
     shown = done.stderr.decode()
-    assert done.returncode == 125, shown
+    # As in Docker and Podman, removing what is not there is 1.
+    assert done.returncode == (1 if argv[0] in ("rm", "rmi") else 125), shown
     assert done.stdout == b""
     assert "fault of its own" not in shown
     error = next(line for line in shown.splitlines() if line.startswith("error:"))

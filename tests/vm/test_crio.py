@@ -99,7 +99,7 @@ conmon_cgroup = "pod"
 pinns_path = "{PROGRAMS}/pinns"
 namespaces_dir = "{directory}/ns"
 container_exits_dir = "{directory}/exits"
-container_attach_socket_dir = "{directory}/attach"
+container_attach_socket_dir = "{directory}/at"
 hooks_dir = []
 [crio.runtime.runtimes.kata]
 runtime_type = "vm"

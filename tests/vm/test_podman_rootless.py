@@ -140,7 +140,7 @@ def podman(guest_assets: Path, busybox_image: str) -> Iterator[Podman]:
         pytest.skip("needs newuidmap (apt-get install uidmap)")
     if not (podman_support.found() / "usr/bin/slirp4netns").exists():
         pytest.skip("needs slirp4netns (tools/setup test unpacks Debian's)")
-    base = Path(tempfile.mkdtemp(prefix="kup", dir="/tmp"))
+    base = Path(tempfile.mkdtemp(prefix="kup", suffix="d", dir="/tmp"))
     base.chmod(0o711)
     shutil.copytree(guest_assets, base / "guest")
     shutil.copytree(busybox_image.partition(":")[2], base / "image")
