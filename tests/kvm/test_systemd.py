@@ -178,6 +178,7 @@ def test_a_sandbox_is_a_scope_of_systemd(daemon: Containerd, systemd: Systemd) -
         # What made a directory without a unit lose its limits.
         systemd.call("systemctl", "daemon-reload")
         systemd.call("systemctl", "set-property", "--runtime", "test-pods.slice", "CPUWeight=50")
+        until((leaf / "memory.max").exists, "systemd has set the slice's controllers anew")
         assert int((leaf / "memory.max").read_text()) == second
         assert "memory" in (parent / "cgroup.subtree_control").read_text().split()
     daemon.remove("one")

@@ -26,16 +26,19 @@ pytestmark = needs_root
 def builder(kata_env: Kata) -> Iterator[Kata]:
     """kata, with a podman on its PATH that has its settings in a directory of its own."""
     directory = Path(tempfile.mkdtemp(prefix="kb", dir="/tmp"))
+    below = f"{kata_env.state_dir}/"
     try:
         podman = Podman(directory, kata_env.guest_dir, found())
         kata_env.env.update(
             {name: value for name, value in podman.env.items() if not name.startswith("KATA")}
         )
         yield kata_env
-        below = f"{kata_env.state_dir}/"
         assert [mount.target for mount in sysio.mounts() if mount.target.startswith(below)] == []
         assert list((kata_env.run_dir / "sandboxes").glob("*")) == []
     finally:
+        for mount in reversed(sysio.mounts()):
+            if mount.target.startswith(below):
+                subprocess.run(["umount", "-l", mount.target], check=False)
         shutil.rmtree(directory)
 
 
