@@ -4,8 +4,10 @@
 //! stored. A stored image comes as erofs on a disk of its own. Whatever is wrong with an image ends in a finding.
 //! `src/kata/images/handover.py` of the host writes the plan.
 
+mod configuration;
 mod elf;
 mod extract;
+mod findings;
 mod image;
 mod json;
 mod mounted;

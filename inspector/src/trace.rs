@@ -14,8 +14,8 @@ use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use crate::configuration;
 use crate::json::{shown, Value, Writer};
-use crate::report;
 use crate::secrets;
 
 const MAX_ROWS: usize = 500;
@@ -239,7 +239,7 @@ pub fn run(out: &mut Writer, config: &Value, seconds: u64) {
 }
 
 fn traced(config: &Value, seconds: u64, seen: &mut Seen, captured: &mut Vec<u8>) -> (i64, String) {
-    let command = strings(&report::command(config));
+    let command = strings(&configuration::command(config));
     if command.is_empty() {
         return (127, "the image has no command".into());
     }
