@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import images
+import marked_page
 from podman_support import Podman
 from test_docker import Docker
 from waiting import PATIENCE
@@ -325,9 +326,7 @@ def main() -> int:
         json.dumps({"seen": [[*key, said] for key, said in seen.items()], "versions": versions})
     )
     if all((str(up.__doc__), client, runtime) in seen for client in CLIENTS for runtime in ("runc", "kata")):
-        before, _, rest = PAGE.read_text().partition(BEGIN + "\n")
-        after = rest.partition(END)[2]
-        PAGE.write_text(before + BEGIN + "\n" + "\n".join(table(seen, versions)) + "\n" + END + after)
+        marked_page.write(PAGE, BEGIN, END, table(seen, versions))
         print(f"{PAGE.relative_to(ROOT)} is written")
     wrong = [
         f"{NAMES[client]}: {step.__doc__}: {said}"

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import marked_page
 import pytest
 from test_docker import PROGRAMS
 from test_docker import Docker as Dockerd
@@ -302,8 +303,4 @@ def write(page: Path, found: Mapping[tuple[str, str], str]) -> None:
     Raises:
         ValueError: The page has no such marks.
     """
-    before, begin, rest = page.read_text().partition(BEGIN + "\n")
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{page} has no place for the table")
-    page.write_text(before + begin + "\n".join(table(found)) + "\n" + end + after)
+    marked_page.write(page, BEGIN, END, table(found))

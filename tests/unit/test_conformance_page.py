@@ -6,6 +6,7 @@ from pathlib import Path
 
 import page
 import podman
+import podman_page
 import pytest
 from critest import Result
 from main import Results
@@ -113,12 +114,12 @@ def test_podmans_table_says_what_differs_and_why(tmp_path: Path, monkeypatch: py
         record.add("kill", runtime, "137" if runtime != "kata" else "139")
         record.add("top", runtime, "sleep" if runtime != "kata" else "qemu | x")
     record.add("pod", "runc", "failed: /tmp/kpabc/x")
-    monkeypatch.setitem(podman.REASONS, "top", ("qemu.*", "a machine"))
+    monkeypatch.setitem(podman_page.REASONS, "top", ("qemu.*", "a machine"))
     found = podman.Record(tmp_path / "record").found
-    assert podman.wrong(found) == ["kill"]
+    assert podman_page.wrong(found) == ["kill"]
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{podman.BEGIN}\nold\n{podman.END}\nafter\n")
-    podman.write(page, {"4.3": found, "5.8": {("kill", "kata"): "137"}})
+    page.write_text(f"before\n{podman_page.BEGIN}\nold\n{podman_page.END}\nafter\n")
+    podman_page.write(page, {"4.3": found, "5.8": {("kill", "kata"): "137"}})
     text = page.read_text()
     for line in (
         "before",
@@ -134,7 +135,7 @@ def test_podmans_table_says_what_differs_and_why(tmp_path: Path, monkeypatch: py
         assert line in text.splitlines()
     assert "old" not in text
     # What is not tried anew stays, with its reason.
-    podman.write(page, {"4.3": {("kill", "kata"): "137"}, "5.4": {("pod", "kata"): "failed"}})
+    podman_page.write(page, {"4.3": {("kill", "kata"): "137"}, "5.4": {("pod", "kata"): "failed"}})
     lines = page.read_text().splitlines()
     assert (
         "| | podman 4.3, runc | podman 4.3, crun | podman 4.3, kata | podman 5.4, kata | podman 5.8, kata |"
@@ -148,11 +149,11 @@ def test_podmans_table_says_what_differs_and_why(tmp_path: Path, monkeypatch: py
         "| pod | kata (5.4) | `failed` | not known |",
     ]
     record.forget("kill", ("kata",))
-    assert podman.wrong(podman.Record(tmp_path / "record").found) == []
+    assert podman_page.wrong(podman.Record(tmp_path / "record").found) == []
     with pytest.raises(ValueError, match="no place"):
-        podman.write(tmp_path / "record", {"4.3": found})
+        podman_page.write(tmp_path / "record", {"4.3": found})
 
 
 def test_every_row_of_podman_is_tried_and_judged() -> None:
     known = podman.tried(podman.Podman.__new__(podman.Podman))
-    assert set(known) | {podman.LEFT} == set(podman.EXPECTED)
+    assert set(known) | {podman_page.LEFT} == set(podman_page.EXPECTED)

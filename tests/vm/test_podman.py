@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import podman
+import podman_page
 import podman_support
 import pytest
 from podman_support import IMAGE
@@ -44,7 +45,7 @@ def client(run_directory: Path, guest_assets: Path, busybox_image: str) -> Itera
 @pytest.mark.parametrize("row", ROWS)
 def test_podman_does_as_with_runc(client: podman.Podman, row: str) -> None:
     seen = podman.tried(client)[row]("kata")
-    assert podman.works(row, seen) or podman.why(row, seen), seen
+    assert podman_page.works(row, seen) or podman_page.why(row, seen), seen
     assert client.program.sweep() == []
 
 
