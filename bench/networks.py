@@ -77,6 +77,11 @@ class Host:
         return done.stdout
 
 
+def _detached(network: str, name: str, *options: str) -> list[str]:
+    """Words that start a container in a network; its command is to follow."""
+    return ["run", "-d", "-q", "--network", network, "--name", name, *options, f"oci:{IMAGE}"]
+
+
 def _ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True)
 
@@ -92,20 +97,8 @@ def _runc_up(host: Host) -> None:
     _ip("-n", NAMES[0], "link", "add", "bridge0", "type", "bridge")
     _ip("-n", NAMES[0], "link", "set", "bridge0", "up")
     for number, name in enumerate(NAMES[1:], 1):
-        _ip(
-            "-n",
-            NAMES[0],
-            "link",
-            "add",
-            f"v{number}",
-            "type",
-            "veth",
-            "peer",
-            "name",
-            "eth0",
-            "netns",
-            name,
-        )
+        peer = ("peer", "name", "eth0", "netns", name)
+        _ip("-n", NAMES[0], "link", "add", f"v{number}", "type", "veth", *peer)
         _ip("-n", NAMES[0], "link", "set", f"v{number}", "master", "bridge0", "up")
         _ip("-n", name, "addr", "add", f"10.9.9.{number}/24", "dev", "eth0")
         _ip("-n", name, "link", "set", "eth0", "up")
@@ -145,35 +138,8 @@ def requests(host: Host, seconds: float, rounds: int) -> None:
     found: dict[str, dict[str, list[float]]] = {count: {"kata": [], "runc": []} for count in CONNECTIONS}
     try:
         mount = f"{host.tools}:/tools:ro"
-        kata(
-            "run",
-            "-d",
-            "-q",
-            "--network",
-            "bench",
-            "--name",
-            "server",
-            "-v",
-            mount,
-            f"oci:{IMAGE}",
-            "/tools/load",
-            "serve",
-            PORT,
-        )
-        kata(
-            "run",
-            "-d",
-            "-q",
-            "--network",
-            "bench",
-            "--name",
-            "client",
-            "-v",
-            mount,
-            f"oci:{IMAGE}",
-            "sleep",
-            "1000000",
-        )
+        kata(*_detached("bench", "server", "-v", mount), "/tools/load", "serve", PORT)
+        kata(*_detached("bench", "client", "-v", mount), "sleep", "1000000")
         [about] = json.loads(kata("network", "inspect", "bench"))
         address = next(
             one["IPv4Address"].partition("/")[0]
@@ -215,27 +181,14 @@ def life(host: Host, count: int, at_once: int) -> None:
     began = time.monotonic()
     for first in range(0, count, at_once):
         names = [f"c{number}" for number in range(first, min(first + at_once, count))]
-        commands = [
-            [
-                *KATA,
-                "run",
-                "-d",
-                "-q",
-                "--network",
-                ("one", "two")[number % 2],
-                "--name",
-                name,
-                f"oci:{IMAGE}",
-                "sleep",
-                "1000000",
-            ]
-            for number, name in enumerate(names)
-        ]
         started = [
             subprocess.Popen(
-                words, env=host.environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+                [*KATA, *_detached(("one", "two")[number % 2], name), "sleep", "1000000"],
+                env=host.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
             )
-            for words in commands
+            for number, name in enumerate(names)
         ]
         failed = sum(one.wait() != 0 for one in started)
         if failed:

@@ -8,14 +8,10 @@ import os
 import sys
 
 _tests = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
-_root = os.path.dirname(_tests)
-_version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
-_places = (
-    os.path.join(_root, "src"),
-    _tests,
-    os.path.join(_root, ".venv", "lib", _version, "site-packages"),
-)
-sys.path.extend(place for place in _places if place not in sys.path)
+if _tests not in sys.path:
+    sys.path.append(_tests)
+
+from faults import on_path  # noqa: E402 - the product is found from here on
 
 
 def main() -> int:
@@ -26,7 +22,7 @@ def main() -> int:
     from faults import stops
     from kata.oci_runtime.main import main as command
 
-    engine = os.path.join(_tests, "faults/shim.py")
+    engine = os.path.join(on_path.TESTS, "faults/shim.py")
     launcher.command = lambda: [sys.executable, "-I", "-S", engine]
     if directory := os.environ.get(stops.VARIABLE):
         stops.install(directory, "runtime")

@@ -9,14 +9,10 @@ import os
 import sys
 
 _tests = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
-_root = os.path.dirname(_tests)
-_version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
-_places = (
-    os.path.join(_root, "src"),
-    _tests,
-    os.path.join(_root, ".venv", "lib", _version, "site-packages"),
-)
-sys.path.extend(place for place in _places if place not in sys.path)
+if _tests not in sys.path:
+    sys.path.append(_tests)
+
+from faults import on_path  # noqa: E402, F401 - the product is found from here on
 
 
 def main() -> int:

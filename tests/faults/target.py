@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import threading
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ class Failure(Exception):
     """Something is not as it has to be after a fault."""
 
 
-class Target:
+class Target(ABC):
     """The surroundings of one sort of client, with everything of its own.
 
     Attributes:
@@ -46,27 +47,27 @@ class Target:
         self._clients: set[int] = set()
 
     @property
+    @abstractmethod
     def title(self) -> str:
         """See the class."""
-        raise NotImplementedError
 
     # ---- its life ----
 
+    @abstractmethod
     def up(self, layout: Path) -> None:
         """Make what it needs; *layout* is busybox, as an OCI layout."""
-        raise NotImplementedError
 
+    @abstractmethod
     def down(self) -> None:
         """Take all of it back, sandboxes that still live included."""
-        raise NotImplementedError
 
-    def forget(self) -> None:
+    def forget(self) -> None:  # noqa: B027 - not all have something to do
         """Remove what clients keep of containers that have ended."""
 
-    def was_killed(self, victim: str) -> None:
+    def was_killed(self, victim: str) -> None:  # noqa: B027 - not all have something to do
         """A victim was killed: reap it, if it is a child of this process."""
 
-    def recover(self, victim: str, point: stops.Point | None) -> None:
+    def recover(self, victim: str, point: stops.Point | None) -> None:  # noqa: B027 - not all have something to do
         """Do what whoever runs the host would do before anything is checked.
 
         Args:
@@ -74,9 +75,9 @@ class Target:
             point: At which point; None at a random moment.
         """
 
+    @abstractmethod
     def diagnosis(self) -> str:
         """What logs end with."""
-        raise NotImplementedError
 
     # ---- clients ----
 
@@ -115,13 +116,13 @@ class Target:
 
     # ---- victims ----
 
+    @abstractmethod
     def journal(self, sandbox: str) -> list[dict[str, Any]]:
         """The lines of a sandbox's journal."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sandboxes(self) -> list[str]:
         """Names of the sandboxes' run directories."""
-        raise NotImplementedError
 
     def find(self, victim: str, sandbox: str) -> int:
         """Pid of a sandbox's process (engine, hypervisor, file server); 0 if it is not there (yet)."""
@@ -144,8 +145,14 @@ class Target:
         return next((name for name in self.sandboxes() if name not in known and name[0] != "."), "")
 
     def order(self, part: str = "", kind: str = "") -> None:
-        """Have requests for a part of the hypervisor's API answered wrongly from now on; without arguments none."""
-        raise NotImplementedError
+        """Have requests for a part of the hypervisor's API answered wrongly from now on; without arguments none.
+
+        Raises:
+            Failure: It has nothing that could.
+        """
+        raise Failure(
+            f"{self.title}: nothing stands between engines and their hypervisors here ({part} {kind})"
+        )
 
     def arm(self, point: str) -> Armed:
         """Have the next process that reaches a point stop there."""
