@@ -15,6 +15,8 @@ from containerd_support import Containerd, clean, running
 from test_pool import configure, directories, is_there, one_waiting
 from waiting import until
 
+from kata.engine.client import EngineClient
+
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 
@@ -96,6 +98,13 @@ def daemon(
                 one.kata("factory", "destroy")
 
 
+def start_path(daemon: Containerd, sandbox: str) -> str:
+    """By which path a sandbox's machine started, with the reason for that."""
+    with EngineClient(str(daemon.run_dir / "sandboxes" / sandbox / "engine.sock")) as engine:
+        found = engine.timings()
+    return f"{found.path}: {found.reason}".removesuffix(": ")
+
+
 def those_waiting(daemon: Containerd) -> list[int]:
     done = subprocess.run(
         [str(Path(__file__).parents[2] / "src/kata/__main__.py"), "factory", "status", "--json"],
@@ -123,6 +132,7 @@ def test_containers_of_containerd(daemon: Containerd) -> None:
     engine = fill(daemon)
     daemon.detached("ab", "sh", "-c", "echo in the guest >/made; sleep 1000")
     assert daemon.engine_pid("default.ab") == engine
+    assert start_path(daemon, "default.ab") == "pool"
     upper = Path(
         daemon.ok("snapshot", "mounts", "/nowhere", "ab")
         .partition("upperdir=")[2]
@@ -148,15 +158,23 @@ def test_containers_of_containerd(daemon: Containerd) -> None:
     # A namespace that is there before.
     engine = fill(daemon)
     name = f"pool{os.getpid()}"
-    subprocess.run(["ip", "netns", "add", name], check=True)
+    away = (
+        f"{name}o"  # with both ends of a veth it would have two interfaces, which no machine that waits has
+    )
+    for one in (name, away):
+        subprocess.run(["ip", "netns", "add", one], check=True)
     try:
         inside = ["ip", "-n", name]
-        subprocess.run([*inside, "link", "add", "eth0", "type", "veth", "peer", "name", "other"], check=True)
-        for words in ("addr add 10.9.8.7/24 dev eth0", "link set eth0 up", "link set other up"):
+        veth = ("link", "add", "eth0", "type", "veth", "peer", "name", "other", "netns", away)
+        subprocess.run([*inside, *veth], check=True)
+        for words in ("addr add 10.9.8.7/24 dev eth0", "link set eth0 up"):
             subprocess.run([*inside, *words.split()], check=True)
         namespace = f"network:/run/netns/{name}"
         daemon.detached("ab", "sleep", "1000", options=("--with-ns", namespace))
         assert daemon.engine_pid("default.ab") == engine
+        assert start_path(daemon, "default.ab") == "pool"
+        pid = daemon.tasks()["ab"][0]
+        assert os.stat(f"/proc/{pid}/ns/net").st_ino == os.stat(f"/run/netns/{name}").st_ino
         seen = daemon.ok("task", "exec", "--exec-id", "x", "ab", "ip", "-o", "addr", "show", "eth0")
         assert "10.9.8.7/24" in seen
         links = subprocess.run([*inside, "-br", "link"], capture_output=True, text=True, check=True).stdout
@@ -174,4 +192,5 @@ def test_containers_of_containerd(daemon: Containerd) -> None:
             ).stdout
             assert not {"ingress", "mirred"} & set(left.split())
     finally:
-        subprocess.run(["ip", "netns", "del", name], check=True)
+        for one in (name, away):
+            subprocess.run(["ip", "netns", "del", one], check=False)

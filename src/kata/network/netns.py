@@ -1,6 +1,7 @@
 """Gives the guest the network of a namespace that a client configures (CNI, Docker, `ctr run --cni`).
 
-The engine and the hypervisor run in that namespace. For each interface of the guest it has a tap device; the first tap
+The engine and the hypervisor run in that namespace, but for the hypervisor of a machine that waited for its sandbox
+(`SpareTap`), of which only the tap comes there. For each interface of the guest it has a tap device; the first tap
 is made at the start, even if the namespace has no interface yet. tc redirects all traffic between a tap and an
 interface of the namespace in both directions, below the namespace's own IP stack. So the guest gets the interface's
 hardware address, addresses, MTU, routes and permanent neighbours, and any kind of Ethernet interface works. A tap is
@@ -505,7 +506,7 @@ def make_tap(name: str, index: int = 0) -> int:
                 fcntl.ioctl(fd, _TUNSETIFINDEX, struct.pack("I", index))
             fcntl.ioctl(fd, TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
             with rtnetlink.Rtnl() as rtnl:
-                rtnl.bring_up(index or rtnl.index_of(name))
+                rtnl.bring_up(index or socket.if_nametoindex(name))
         except BaseException:
             os.close(fd)
             raise

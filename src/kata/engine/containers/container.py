@@ -189,7 +189,9 @@ class Container:
             self.record.close_log()
             raise
         self.created_at_ns = time.time_ns()
-        if spec.container_type(self.config) == "pod_container":
+        # A machine that waited was started outside of its sandbox's network namespace; the engine is in that.
+        is_elsewhere = sandbox.runtime.machine.waiting is not None and sandbox.settings.network.path
+        if is_elsewhere or spec.container_type(self.config) == "pod_container":
             self._task_pid = TaskPid()
         self.init.pid = self.task_pid
         if self.has_process:
@@ -223,7 +225,7 @@ class Container:
             return ""  # CRI-O names the pod's by a path of its own making
         for one in self.sandbox.containers.values():
             if one is not self and one.task_pid == pid:
-                return one.id
+                return "" if spec.container_type(one.config) == "pod_sandbox" else one.id
         raise UnsupportedError(
             f"the container asks for the PID namespace {path}, and no container of its pod has that one",
             "The container whose processes are wanted has to be running, and in the same pod.",

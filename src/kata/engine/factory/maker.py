@@ -249,13 +249,15 @@ def _tap(number: int) -> sysio.Fd:
     """A tap that leads nowhere: what a guest leaves to its interface it negotiates once, when it boots. There it
     also learns how large its packets may ever be, where the hypervisor tells it that of the tap.
     """
+    import socket
+
     from kata.network import netns, rtnetlink
     from kata.network.user import MTU
 
     name = f"template{number}"
     fd = sysio.Fd(netns.make_tap(name))
     with rtnetlink.Rtnl() as rtnl:
-        rtnl.bring_up(rtnl.index_of(name), MTU)
+        rtnl.bring_up(socket.if_nametoindex(name), MTU)
     return fd
 
 

@@ -166,13 +166,16 @@ class Waiting:
             if wired:
                 self._wire = sysio.Fd((await self.vm.insert_nic())[0])
 
+        filling = asyncio.ensure_future(fill())
         try:
             answers = AgentClient(self.client).check(ADOPT_S)
-            await asyncio.wait_for(asyncio.gather(fill(), answers), ADOPT_S)
+            await asyncio.wait_for(asyncio.gather(filling, answers), ADOPT_S)
             self.vm.move_console(console_path)
         except (KataError, TimeoutError) as error:
             said = error.message if isinstance(error, HypervisorError) else "it did not answer"
             self.reason = f"the machine that waited could not be given to it: {said}"
+        finally:
+            filling.cancel()  # what has failed elsewhere does not go on here
 
     def bring_share(self, journal: Journal) -> bool:
         """Have its share in this mount namespace.

@@ -132,7 +132,7 @@ class GuestNetwork:
             KataError: The network is gone, or the guest refused.
         """
         async with self._turn:
-            plan = self._bridged()
+            plan = self._bridged(endpoint.network)
             await self._tasks.run_blocking(plan.connect, endpoint, namespace)
             try:
                 await self._tell()
@@ -149,18 +149,19 @@ class GuestNetwork:
             KataError: The guest refused.
         """
         async with self._turn:
-            await self._tasks.run_blocking(self._bridged().disconnect, network)
+            await self._tasks.run_blocking(self._bridged(network).disconnect, network)
             kept = [one for one in self._settings.network.endpoints if one.network != network]
             self._settings.network.endpoints = kept
             await self._tell()
 
-    def _bridged(self) -> BridgedPlan:
+    def _bridged(self, network: str) -> BridgedPlan:
         from kata.network.bridge import BridgedPlan
 
         if not isinstance(self._plan, BridgedPlan):
             raise UnsupportedError(
-                "the machine was started without interfaces for networks with a name",
-                "kata stop, kata network connect, kata start",
+                f"the machine of {self._settings.id} was started without an interface for the network {network}",
+                f"kata stop {self._settings.id}; kata network connect {network} {self._settings.id};"
+                f" kata start {self._settings.id}",
             )
         return self._plan
 

@@ -540,11 +540,14 @@ class Boot:
         share = ""
         if self.capabilities.shares:
             share = "virtio-fs" if files is not None else self.capabilities.shares[-1]
+        taps = sum(nic.tap_fd is not None for nic in self._nics)
+        if self._waiting is not None and self._waiting.around.spare is not None:
+            taps += 1  # the machine has its first one already
         self.machine.shape = shape_of(
             self._settings,
             self.capabilities,
             nics=len(self._nics),
-            taps=sum(nic.tap_fd is not None for nic in self._nics),
+            taps=taps,
             host_devices=len(self._given.addresses) if self._given is not None else 0,
             hotplug_nics=network.hotplug_nics if network is not None else 0,
             share=share,

@@ -238,6 +238,7 @@ class Qemu(Running):
             await self._qmp_client()  # QEMU listens before it greets
             with sysio.SocketName(qemu_command.nic_socket(self.settings.run_dir)) as name:
                 await self._loop.sock_connect(sock, name)
+            await self.command("set_link", {"name": "nic0", "up": True})
         except OSError as error:
             sock.close()
             raise HypervisorError(f"cannot connect the network interface: {error.strerror}") from error
@@ -246,7 +247,6 @@ class Qemu(Running):
             raise
         sock.setblocking(True)
         self._nic_free = False
-        await self.command("set_link", {"name": "nic0", "up": True})
         return sock.detach(), slots.nic_path(0, self.settings.machine)
 
     async def attach_nic(self, index: int, nic: Nic) -> str:
