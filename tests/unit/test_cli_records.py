@@ -68,6 +68,20 @@ def test_a_name_is_unique_and_free_again_after_removal(state: Path) -> None:
     make("one")
 
 
+def test_a_change_keeps_what_others_changed_meanwhile(state: Path) -> None:
+    one = make("one")
+    records.change(one, networks=["front"])
+    records.change(one, restart={"policy": "always"})
+    records.rename(one, "two")
+    records.change(one, networks=["back"])
+    found = records.find("two").record
+    assert found["networks"] == ["back"]
+    assert found["restart"] == {"policy": "always"}
+    records.remove(one)
+    with pytest.raises(NotFoundError, match="container one is gone"):
+        records.change(one, networks=[])
+
+
 def test_an_engine_is_believed_more_than_the_file(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its disk may have been full, or the file is older than what happens now."""
     one = make("one")

@@ -319,26 +319,51 @@ class DirectoryLock:
         os.close(self._fd)
 
 
+def _held(container: Container) -> tuple[Journal, Container]:
+    """Keep others from changing or removing a container, until the journal is closed; and what it is by now.
+
+    Raises:
+        NotFoundError: It is gone.
+    """
+    import fcntl
+
+    gone = NotFoundError(f"container {container.name} is gone", "'kata ps -a' lists them all")
+    try:
+        journal = Journal.open(os.path.join(container.directory, "journal"))
+    except JournalError:
+        raise gone from None
+    try:
+        fcntl.flock(journal.fileno(), fcntl.LOCK_EX)  # who removes the container holds this lock, too
+        if (fresh := load(container.id)) is None:
+            raise gone
+    except BaseException:
+        journal.close()
+        raise
+    return journal, fresh
+
+
+def change(container: Container, **entries: Any) -> None:
+    """Change entries of a container's record, whatever others change of it meanwhile.
+
+    Raises:
+        NotFoundError: It is gone.
+    """
+    journal, fresh = _held(container)
+    try:
+        write_json(os.path.join(container.directory, _RECORD), {**fresh.record, **entries})
+    finally:
+        journal.close()
+
+
 def rename(container: Container, name: str) -> None:
     """Give a container another name.
 
     Raises:
         AlreadyExistsError: The name is taken.
-        JournalError: The container is being removed.
+        NotFoundError: The container is gone.
     """
-    import fcntl
-
-    path = os.path.join(container.directory, "journal")
+    journal, fresh = _held(container)
     try:
-        journal = Journal.open(path)
-    except JournalError:
-        raise NotFoundError(f"container {container.name} is gone", "'kata ps -a' lists them all") from None
-    try:
-        # Who removes the container holds this lock, too.
-        fcntl.flock(journal.fileno(), fcntl.LOCK_EX)
-        fresh = load(container.id)
-        if fresh is None:
-            raise NotFoundError(f"container {container.name} is gone", "'kata ps -a' lists them all")
         former = fresh.name
         if name == former:
             raise AlreadyExistsError(f"container {container.name} has that name already", "choose another")

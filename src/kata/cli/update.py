@@ -72,7 +72,7 @@ def _keep(container: Container, resources: dict[str, Any], record: dict[str, Any
     if (kept.get("pids") or {}).get("limit") == -1:
         del kept["pids"]
     records.write_json(path, spec)
-    records.write_json(os.path.join(container.directory, "container.json"), {**container.record, **record})
+    records.change(container, **record)
 
 
 def _update(arguments: Arguments) -> int:
