@@ -100,6 +100,8 @@ def test_a_container_is_not_cut_off_from_what_it_publishes(
     said(capsys, "connect", "inner", "one")
     assert "publishes ports" in said(capsys, "disconnect", "outer", "one", status=125)
     said(capsys, "disconnect", "inner", "one")
+    with_place("two", "inner")
+    assert "get a way out" in said(capsys, "disconnect", "inner", "two", status=125)
     assert "--gateway is not offered" in said(capsys, "create", "--gateway", "10.0.0.1", "x", status=125)
 
 

@@ -131,6 +131,9 @@ def test_an_internal_network_leads_nowhere(shared_kata: Kata, busybox_image: str
         refused = kata.call("run", "--rm", "--network", "inner", "-p", "1234:80", busybox_image, "true")
         assert refused.returncode == 125
         assert b"the network inner is internal" in refused.stderr
+        refused = kata.call("run", "--rm", "--network", "inner", "--dns", "9.9.9.9", busybox_image, "true")
+        assert refused.returncode == 125
+        assert b"--dns 9.9.9.9 cannot be asked" in refused.stderr
         said = kata.ok(
             "run", "--rm", "--network", "inner", busybox_image, "sh", "-c", "ip -o addr; ip route"
         )

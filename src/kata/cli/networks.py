@@ -359,17 +359,25 @@ def disconnect(reference: str, container: records.Container) -> None:
             f"container {container.name} is not in the network {name}",
             f"kata inspect -f '{{{{json .NetworkSettings.Networks}}}}' {container.name}",
         )
+    if not kept and not leads_outside(places):
+        raise StateError(
+            f"container {container.name} is in internal networks alone: without {name} it would get a way out",
+            f"kata network connect OTHER {container.name} first, or kata rm {container.name}",
+        )
     if not leads_outside(kept) and container.record["ports"]:
         raise StateError(
             f"container {container.name} publishes ports, and in internal networks alone it could not",
-            f"kata rm {container.name}",
+            f"kata network connect OTHER {container.name} first, to one that is not internal",
         )
     if container.running():
         _check_way_out(container, places, kept)
         from kata.engine.client import EngineClient
 
         with EngineClient(container.socket) as engine:
-            engine.disconnect_network(name)
+            try:
+                engine.disconnect_network(name)
+            except NotFoundError:
+                pass  # it has left already, and only the record does not say so
     _keep(container, kept)
 
 
@@ -386,8 +394,7 @@ def _check_way_out(
 
 
 def _keep(container: records.Container, places: list[dict[str, Any]]) -> None:
-    path = os.path.join(container.directory, "container.json")
-    records.write_json(path, {**container.record, "networks": places})
+    records.change(container, networks=places)
 
 
 def _make(record: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 
 from kata import children, sysio
 from kata.errors import HostError, NotFoundError, UnsupportedError
@@ -172,7 +173,7 @@ class BridgedPlan(UserPlan):
                 try:
                     if one is not None:
                         with rtnetlink.Rtnl() as rtnl:
-                            rtnl.set_master(rtnl.index_of(name), rtnl.index_of(BRIDGE))
+                            rtnl.set_master(socket.if_nametoindex(name), socket.if_nametoindex(BRIDGE))
                 except BaseException:
                     tap.close()
                     raise
@@ -244,6 +245,8 @@ class BridgedPlan(UserPlan):
             UnsupportedError: It has no interface left.
             HostError: The network is gone, or the kernel refused.
         """
+        if any(place is not None and place.network.network == one.network for place in self._places):
+            self.disconnect(one.network)  # of a command that was killed before it had written that down
         number = next((number for number, place in enumerate(self._places) if place is None), None)
         if number is None:
             raise UnsupportedError(

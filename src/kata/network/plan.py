@@ -75,6 +75,11 @@ def _user_plan(
             f"port {ports[0]} cannot be published: the network {endpoints[0].network} is internal",
             "Leave out -p, or give --network another one besides.",
         )
+    if dns and not settings.outside:
+        raise UsageError(
+            f"--dns {dns[0]} cannot be asked: the network {endpoints[0].network} is internal",
+            "Leave out --dns, or give --network another one besides.",
+        )
     if endpoints and sysio.in_user_namespace():
         raise UnsupportedError(
             f"an ordinary user's container cannot be in the network {endpoints[0].network}",
