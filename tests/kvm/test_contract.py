@@ -23,10 +23,12 @@ pytestmark = [pytest.mark.timeout(900)]
 
 LONG = {
     "test_a_machine_uses_more_processors_and_fewer",
+    "test_a_monitor_that_dies_ends_everything_at_once",
     "test_a_monitor_that_hangs_is_ended_all_the_same",
     "test_a_monitor_that_saves_nothing_restores_nothing",
     "test_a_program_that_talks_nonsense_is_named_and_quoted",
     "test_clones_share_what_was_saved_and_cannot_change_it",
     "test_machines_that_start_with_taps",
+    "test_what_cannot_start_leaves_nothing",
 }
 """The lane with emulated machines runs these in every test run."""

@@ -77,6 +77,7 @@ def test_exec(kvm_kata: Kata, box: str) -> None:
     assert kvm_kata.ok("exec", box, "cat", "/proc/1/comm").strip() == "sh"
 
 
+@pytest.mark.long
 def test_run_gives_output_and_status(kvm_kata: Kata, busybox_image: str) -> None:
     script = "cat /proc/sys/kernel/random/boot_id; echo err >&2; exit 3"
     done = kvm_kata.call("run", "--rm", *ALONE, busybox_image, "sh", "-c", script)
@@ -97,6 +98,7 @@ def test_all_output_arrives(kvm_kata: Kata, box: str) -> None:
     assert hashlib.sha256(done.stdout).hexdigest() == done.stderr.split()[0].decode()
 
 
+@pytest.mark.long
 def test_all_input_arrives(kvm_kata: Kata, box: str) -> None:
     data = os.urandom(4 << 20)
     done = kvm_kata.call("exec", "-i", box, "sha256sum", stdin=data)
@@ -178,6 +180,7 @@ def test_the_end_of_the_machine_ends_the_container(kvm_kata: Kata, busybox_image
     kvm_kata.ok("rm", "victim")
 
 
+@pytest.mark.long
 def test_the_end_of_the_engine_ends_the_machine(kvm_kata: Kata, busybox_image: str) -> None:
     kvm_kata.ok("run", "-d", "--name", "orphan", *ALONE, busybox_image, "sh", "-c", FOREVER)
     found = inspect(kvm_kata, "orphan")

@@ -22,6 +22,7 @@ from share_cases import (  # noqa: F401 - collected here
 )
 
 LONG = {
+    "test_a_killed_file_server_is_told",
     "test_a_program_that_was_replaced_is_not_run",
     "test_files_of_two_file_systems_stay_apart",
     "test_several_sides_see_one_file_system",
@@ -47,6 +48,7 @@ def kata(kvm_kata: Kata, request: pytest.FixtureRequest, tmp_path_factory: pytes
     return sharing(kvm_kata, request.param, tmp_path_factory.mktemp("configuration"))
 
 
+@pytest.mark.long
 def test_a_root_of_the_hosts(kata: Kata, tmp_path: Path) -> None:
     """What is executed from a share, twice and through an overlay, runs."""
     (tmp_path / "bin").mkdir()
