@@ -158,6 +158,20 @@ def test_what_a_hypervisor_cannot_do_is_said_before_anything_is_made(
     assert os.listdir(tmp_path / "r/s") == ["journal"]
 
 
+@pytest.mark.parametrize(("waiting", "nics"), [(0, 0), (2, 1)])
+def test_a_machine_without_a_network_has_an_interface_only_with_a_pool(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waiting: int, nics: int
+) -> None:
+    start = booting(tmp_path, monkeypatch, Poor(nics=4))
+    start._described.hypervisor.pool = waiting
+    start._settings.network = NetworkSettings(mode="none")
+    start.choose_monitor()
+    start.plan_network()
+    start.describe_machine()
+    assert start.machine.shape is not None
+    assert start.machine.shape.nics == nics
+
+
 def test_one_thing_that_cannot_be_taken_back_keeps_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -285,7 +285,7 @@ def test_images_volumes_and_templates_are_a_users_too(
     kata("volume", "rm", "data")
     kata("rmi", "mine:1")
     assert str(home / ".local/share/kata") in kata("info")
-    kata("factory", "init", templates="")
+    kata("factory", "init", *none, templates="")
     said = kata("run", "--rm", *none, image, "echo", "from a template", templates="")
     assert said == "from a template\n"
     assert "removed" in kata("factory", "destroy", templates="")

@@ -196,7 +196,7 @@ def test_a_clone_on_a_tap_leaves_as_much_to_it(templates: Kata, busybox_image: s
 def test_nothing_that_is_broken_is_used(templates: Kata, busybox_image: str) -> None:
     kata, run = templates, ["--network", "none", busybox_image]
     kata.env["KATA_TEMPLATES"] = "use"
-    kata.ok("factory", "init")
+    kata.ok("factory", "init", "--network", "none")
     (one,) = status(kata)["templates"]
     state = Path(one["path"]) / "state"
     # What a maker that was killed has left is no template, and goes with the next one or kata gc.
@@ -214,12 +214,12 @@ def test_nothing_that_is_broken_is_used(templates: Kata, busybox_image: str) -> 
     assert status(kata)["templates"] == []
     assert "a machine did not go on from it" in path_of(kata, *run, "true")
     # Nor one whose file cannot be opened: its start says so, and others boot.
-    kata.ok("factory", "init")
+    kata.ok("factory", "init", "--network", "none")
     (one,) = status(kata)["templates"]
     (Path(one["path"]) / "state").unlink()
     assert "template was removed" in kata.call("run", "--rm", *run, "true").stderr.decode()
     assert "a machine did not go on from it" in path_of(kata, *run, "true")
-    kata.ok("factory", "init")
+    kata.ok("factory", "init", "--network", "none")
     assert path_of(kata, *run, "true") == "start: template"
     assert "removed" in kata.ok("factory", "destroy")
     assert kata.ok("factory", "destroy") == "there are no templates\n"
@@ -228,7 +228,7 @@ def test_nothing_that_is_broken_is_used(templates: Kata, busybox_image: str) -> 
 def test_one_whose_machine_was_killed_is_kept(templates: Kata, busybox_image: str) -> None:
     """Nothing says that another would not go on from it."""
     kata = templates
-    kata.ok("factory", "init")
+    kata.ok("factory", "init", "--network", "none")
     run = ["run", "--rm", "--network", "none", busybox_image, "true"]
     for number in (signal.SIGKILL, signal.SIGTERM):
         start = kata.start(*run)

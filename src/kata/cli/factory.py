@@ -27,6 +27,7 @@ COMMANDS = {
             Option("-m --memory", "SIZE", "init: for machines of containers with this limit (none)"),
             Option("--cpus", "N", "init: the same for processors (none)"),
             Option("--hypervisor", "NAME", "init: for machines of this hypervisor (the configured one)"),
+            Option("--network", "none|user", "init: for machines with such a network (user)"),
             Option("--json", "", "status: print JSON"),
         ],
         least=1,
@@ -47,6 +48,7 @@ def _factory(arguments: Arguments) -> int:
         ("memory", "init"),
         ("cpus", "init"),
         ("hypervisor", "init"),
+        ("network", "init"),
         ("json", "status"),
     ):
         if verb != its_verb and (arguments.flag(option) or arguments.value(option) is not None):
@@ -84,8 +86,12 @@ def _configured(arguments: Arguments) -> tuple[MachineSettings, str]:
     return described, directory(conf)
 
 
-def _shape(described: MachineSettings) -> tuple[Monitor, Capabilities, MachineShape]:
-    """The machine in which `kata run` has such a container: an image, a disk for what it writes, and a network."""
+def _shape(described: MachineSettings, network: str) -> tuple[Monitor, Capabilities, MachineShape]:
+    """The machine in which `kata run` has such a container: an image, a disk for what it writes, and a network.
+
+    Raises:
+        UsageError: There is no network of this mode, or none that a template could have.
+    """
     from kata.cli import session
     from kata.engine.lifecycle import boot
     from kata.hypervisor import registry
@@ -101,7 +107,9 @@ def _shape(described: MachineSettings) -> tuple[Monitor, Capabilities, MachineSh
         disks=[DiskSettings(path="/", readonly=True), DiskSettings(path="/", readonly=False)],
     )
     share = can.shares[-1] if can.shares else ""
-    nics = min(can.nics, 1)
+    if network not in ("none", "user"):
+        raise UsageError(f"kata factory init: --network {network!r} is not known", "none or user")
+    nics = min(can.nics, 1) if network == "user" or boot.has_idle_nic(described) else 0
     taps = 0 if "stream" in can.nic_backends else nics
     return monitor, can, boot.shape_of(settings, can, nics=nics, taps=taps, share=share)
 
@@ -110,7 +118,7 @@ def _init(arguments: Arguments) -> int:
     from kata.engine.factory import maker, template
 
     described, root = _configured(arguments)
-    monitor, can, shape = _shape(described)
+    monitor, can, shape = _shape(described, arguments.value("network") or "user")
     reason = template.why_not(monitor, can, shape)
     if reason:
         raise UnsupportedError(f"there can be no template of this machine: {reason}", "docs/templates.md")

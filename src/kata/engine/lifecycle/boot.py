@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from kata.network.user import NetworkPlan
     from kata.resources import host_cgroup
     from kata.resources.host_cgroup import HostCgroup
-    from kata.settings import SandboxSettings
+    from kata.settings import MachineSettings, SandboxSettings
 
 KERNEL_PARAMETERS = (
     "quiet",  # a console line costs an emulated guest a third of a millisecond
@@ -469,7 +469,8 @@ class Boot:
         """
         network = self._settings.network
         if network.mode == "none":
-            self._nics = [Nic(random_mac())] if self.capabilities.nics else []
+            if has_idle_nic(self._described) and self.capabilities.nics:
+                self._nics = [Nic(random_mac())]
             return
         from kata.network.plan import plan
 
@@ -729,6 +730,13 @@ def limit(
     )
     cgroup.join(pids)
     return cgroup
+
+
+def has_idle_nic(described: MachineSettings) -> bool:
+    """Whether a machine without a network has an interface all the same, as those have that wait for sandboxes of
+    either kind. Elsewhere there is none: it would only have to be hidden in the guest.
+    """
+    return bool(described.hypervisor.pool)
 
 
 def disks_of(settings: SandboxSettings) -> list[Disk | None]:
