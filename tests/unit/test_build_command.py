@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import stat
+import subprocess
 from pathlib import Path
 
 import pytest
+from waiting import PATIENCE, until
 
 from kata.cli import build, main
 from kata.errors import HostError
@@ -45,8 +50,120 @@ def test_buildah_is_preferred(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         (["/nowhere"], "is no directory"),
         (["-t", "a@sha256:" + "0" * 64, "."], "no name of an image"),
         (["--network", "host", "."], "is not offered for RUN"),
+        (["-f", "x", "-"], "leave out -f"),
     ],
 )
 def test_what_it_refuses(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["build", *words]) == 125
     assert said in capsys.readouterr().err
+
+
+KATA = Path(__file__).resolve().parents[2] / "src/kata/__main__.py"
+FAILS = """\
+#!/bin/sh
+for word; do
+    case $word in
+    --file=*) cat "${word#--file=}" >"$SEEN" ;;
+    --iidfile=*) echo sha256:abc >"${word#--iidfile=}" ;;
+    push) echo "it is full" >&2; exit 1 ;;
+    esac
+done
+"""
+"""A builder that builds at once, and cannot hand over what it has built."""
+WORKS = """\
+#!/bin/sh
+case "$*" in *" build "*)
+    sh -c 'trap "" TERM; echo $$ >"$SEEN"; while :; do sleep 1; done' &
+    wait
+esac
+"""
+"""A builder that is long at work, by a child that does not end when it is told to."""
+
+
+def fake_builder(tmp_path: Path, script: str) -> dict[str, str]:
+    """The environment of a `kata` that finds it as buildah."""
+    path = tmp_path / "bin/buildah"
+    path.parent.mkdir()
+    path.write_text(script)
+    path.chmod(0o755)
+    return {
+        **os.environ,
+        "PATH": f"{path.parent}:{os.environ['PATH']}",
+        "SEEN": str(tmp_path / "seen"),
+    }
+
+
+needs_root = pytest.mark.skipif(
+    Path("/proc/self/uid_map").read_text().split() != ["0", "0", "4294967295"] or os.getuid() != 0,
+    reason="kata build needs root",
+)
+
+
+def kata(env: dict[str, str], *words: str, stdin: bytes = b"") -> tuple[int, str]:
+    done = subprocess.run(
+        ["/usr/bin/python3", "-IS", KATA, "build", *words],
+        env=env,
+        input=stdin,
+        capture_output=True,
+        check=False,
+        timeout=PATIENCE,
+    )
+    return done.returncode, done.stderr.decode()
+
+
+@needs_root
+@pytest.mark.parametrize("words", [["-f", "-", "."], ["-"]])
+def test_a_dockerfile_on_standard_input(words: list[str], state: Path, tmp_path: Path) -> None:
+    env = fake_builder(tmp_path, FAILS)
+    # What failed is said, and it was not the build.
+    status, said = kata(env, *words, stdin=b"FROM scratch\n")
+    assert status == 125
+    assert "buildah could not hand over the image: it is full" in said
+    assert "is there space?" in said
+    assert (tmp_path / "seen").read_text() == "FROM scratch\n"
+    assert list((state / "build").iterdir()) == []
+    assert "is empty" in kata(env, *words)[1]
+    assert "tar -xf" in kata(env, *words, stdin=b"Dockerfile\0\0")[1]
+
+
+@needs_root
+def test_the_file_for_the_id_is_looked_at_first(state: Path, tmp_path: Path) -> None:
+    env = fake_builder(tmp_path, FAILS)
+    where = tmp_path / "nowhere/id"
+    status, said = kata(env, "--iidfile", str(where), "-f", "-", ".", stdin=b"FROM scratch")
+    assert status == 125
+    assert f"--iidfile {where}: No such file or directory" in said
+    assert not (tmp_path / "seen").exists()
+    (tmp_path / "id").write_text("of an earlier build")
+    assert kata(env, "--iidfile", str(tmp_path / "id"), "-f", "-", ".", stdin=b"FROM scratch")[0] == 125
+    assert (tmp_path / "seen").exists()
+    assert not (tmp_path / "id").exists()
+
+
+@needs_root
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_told_to_end_it_ends_all_of_the_builder(number: signal.Signals, state: Path, tmp_path: Path) -> None:
+    env = fake_builder(tmp_path, WORKS)
+    seen = tmp_path / "seen"
+    with subprocess.Popen(
+        ["/usr/bin/python3", "-IS", KATA, "build", str(tmp_path)],
+        env=env,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as child:
+        try:
+            until(lambda: seen.exists() and seen.read_text(), "the builder works")
+            assert stat.S_IMODE((state / "build").stat().st_mode) == 0o700
+            child.send_signal(number)
+            child.wait(PATIENCE)
+            assert child.returncode == (130 if number == signal.SIGINT else -number)
+            assert list((state / "build").iterdir()) == []
+            worker = int(seen.read_text())
+            until(lambda: not Path(f"/proc/{worker}").exists(), "the builder's child has ended")
+        finally:
+            child.kill()
+            if seen.exists():
+                try:
+                    os.kill(int(seen.read_text()), signal.SIGKILL)
+                except ProcessLookupError:
+                    pass

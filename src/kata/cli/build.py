@@ -8,16 +8,16 @@ itself or by the next one, without looking at what else the user builds.
 
 from __future__ import annotations
 
-import fcntl
 import os
+import select
 import shutil
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from kata import launcher, paths, sysio
-from kata.cli import manage
+from kata.cli import manage, records
 from kata.cli.args import Command, Option
 from kata.errors import HostError, KataError, UnsupportedError, UsageError
 from kata.images import reference as references
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from kata.cli.args import Arguments
+    from kata.images.store import Image
 
 _BUILDERS = ("buildah", "podman")
 _RUNTIME = "kata-runtime"
@@ -34,6 +35,10 @@ _END_S = 15.0
 """How long a builder may take to end when it is told to."""
 _DETACH = 2
 """MNT_DETACH, umount(2)."""
+_ENDING = frozenset({signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM})
+_STDIN = "-"
+_LARGEST_FILE = 16 << 20
+"""Bytes of a Dockerfile that is read from standard input."""
 _MADE = "localhost/kata-build:made"
 """What the builder calls an image for which no name was asked."""
 
@@ -47,7 +52,7 @@ COMMANDS = {
             Option(
                 "-f --file",
                 "FILE",
-                "the Dockerfile; CONTEXT/Containerfile or CONTEXT/Dockerfile if not given",
+                "the Dockerfile, '-' for standard input; CONTEXT/Containerfile or CONTEXT/Dockerfile if not given",
             ),
             Option("--build-arg", "KEY=VALUE", "a value for an ARG", many=True),
             Option("--label", "KEY=VALUE", "a label of the image", many=True),
@@ -60,9 +65,10 @@ COMMANDS = {
         ],
         least=1,
         most=1,
-        notes="buildah or podman has to be installed (apt-get install buildah), and root has to call it. FROM takes\n"
-        "images of registries; they and the steps that are kept for the next build are in $KATA_STATE_DIR/build,\n"
-        "which may be removed. One build runs at a time.",
+        notes="CONTEXT is a directory, a URL that the builder fetches, or '-' for none: then the Dockerfile is on\n"
+        "standard input. buildah or podman has to be installed (apt-get install buildah), and root has to call it.\n"
+        "FROM takes images of registries; they and the steps that are kept for the next build are in\n"
+        "$KATA_STATE_DIR/build, which may be removed. One build runs at a time.",
     )
 }
 
@@ -84,6 +90,20 @@ def builder() -> str:
         "kata build needs buildah or podman, and neither is on the PATH",
         "apt-get install buildah; or build elsewhere, and kata load",
     )
+
+
+_REMOVE = "remove what an earlier build has left"
+_REMOVE_HINT = "rm -r $KATA_STATE_DIR/build, with all steps that are kept there"
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """End a builder and all that it has started: its process group."""
+    if child.returncode is None:
+        with sysio.Fd(os.pidfd_open(child.pid)) as ended, suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGTERM)
+            select.select([ended], [], [], _END_S)
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
 
 
 class _Build:
@@ -124,8 +144,16 @@ class _Build:
             where.append(f"--tmpdir={run_root}/libpod")
         return [self.program, *where, *words]
 
-    def run(self, words: Sequence[str], *, quiet: bool = True) -> None:
+    def run(
+        self, words: Sequence[str], what: str, *, quiet: bool = True, hint: str = "without -q it says more"
+    ) -> None:
         """Run a command of the builder to its end; with Ctrl-C, to an early one.
+
+        Args:
+            words: Its argument vector.
+            what: What it is to do, for errors: ``build the image``.
+            quiet: Show nothing of what it says, but its last line if it fails.
+            hint: What to do then, if it is quiet.
 
         Raises:
             HostError: It failed.
@@ -135,7 +163,7 @@ class _Build:
         # In a group of its own: Ctrl-C is for this process, which then ends the builder.
         with subprocess.Popen(
             words,
-            stdin=subprocess.DEVNULL if quiet else None,
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL if quiet else sys.stderr,
             stderr=output,
             process_group=0,
@@ -144,18 +172,13 @@ class _Build:
             try:
                 said = child.communicate()[1] or b""
             except BaseException:
-                child.send_signal(signal.SIGTERM)
-                try:
-                    child.wait(_END_S)
-                except subprocess.TimeoutExpired:
-                    child.kill()
+                _end(child)
                 raise
         if child.returncode:
             lines = said.decode(errors="replace").strip().splitlines()
             reason = f": {lines[-1]}" if lines else f" (exit status {child.returncode})"
             raise HostError(
-                f"{os.path.basename(self.program)} could not build the image{reason}",
-                "" if not quiet else "without -q it says more",
+                f"{os.path.basename(self.program)} could not {what}{reason}", hint if quiet else ""
             )
 
     def clear(self) -> None:
@@ -178,9 +201,9 @@ class _Build:
             return
         try:
             if not self.is_podman:
-                self.run(self.command("rm", "--all"))
+                self.run(self.command("rm", "--all"), _REMOVE, hint=_REMOVE_HINT)
             elif left := self._left():
-                self.run(self.command("rm", "--force", *left))
+                self.run(self.command("rm", "--force", *left), _REMOVE, hint=_REMOVE_HINT)
         finally:
             self._unmount()
 
@@ -197,10 +220,12 @@ class _Build:
                 sysio.umount2(mount.target, _DETACH)
 
 
-def _arguments(arguments: Arguments, context: str, iid: str) -> list[str]:
+def _arguments(arguments: Arguments, context: str, file: str | None, iid: str) -> list[str]:
     words = ["--isolation=oci", "--layers", f"--iidfile={iid}"]
     words += ["--tag", next(iter(arguments.many("tag")), _MADE)]
-    for key in ("file", "target", "network"):
+    if file is not None:
+        words.append(f"--file={file}")
+    for key in ("target", "network"):
         if (value := arguments.value(key)) is not None:
             words.append(f"--{key}={value}")
     for key in ("build_arg", "label"):
@@ -217,8 +242,7 @@ def _arguments(arguments: Arguments, context: str, iid: str) -> list[str]:
 def _build(arguments: Arguments) -> int:
     context = arguments.rest[0]
     names = [_name(text) for text in arguments.many("tag")]
-    if "://" not in context and not os.path.isdir(context):
-        raise UsageError(f"the context {context!r} is no directory", "kata build -t NAME .")
+    _check_context(context, arguments.value("file"))
     if arguments.value("network") not in (None, "none"):
         raise UsageError(
             f"--network {arguments.value('network')!r} is not offered for RUN: a machine has a network of its own",
@@ -230,38 +254,88 @@ def _build(arguments: Arguments) -> int:
             "sudo kata build, or podman build and kata load",
         )
     program = builder()
-    directory = os.path.join(_directory(), "work")
-    with _alone(), _made_anew(directory):
-        build = _Build(program, directory)
-        build.clear()
-        iid = os.path.join(directory, "iid")
-        archive = os.path.join(directory, "image.tar")
-        try:
-            build.run(_command(build, arguments, context, iid), quiet=arguments.flag("quiet"))
-            with open(iid, encoding="ascii") as file:
-                identity = file.read().strip().removeprefix("sha256:")
-            if build.is_podman:
-                build.run(build.command("save", "--format=docker-archive", f"--output={archive}", identity))
-            else:
-                build.run(build.command("push", identity, f"docker-archive:{archive}"))
-        finally:
-            _clear_quietly(build)
-        [image] = manage.load_file(archive, quiet=True)
-    manage.give_names(image, names)
+    from kata.cli.run import undo_when_told_to_end
+
+    undo_when_told_to_end()
+    id_file = None
     if (path := arguments.value("iidfile")) is not None:
-        with open(path, "w", encoding="ascii") as file:
-            file.write(image.id)
+        from kata.cli.run_options import IdFile
+
+        id_file = IdFile(path, "--iidfile", replaces=True)
+    try:
+        image = _built(program, arguments, context)
+        manage.give_names(image, names)
+        if id_file is not None:
+            id_file.write(image.id)
+    except BaseException:
+        if id_file is not None:
+            id_file.discard()
+        raise
     print(image.id)
     return 0
 
 
-@contextmanager
-def _alone() -> Iterator[None]:
-    """Wait until no other build is at work."""
-    paths.make_dirs(_directory(), 0o700)
-    with sysio.Fd(os.open(f"{_directory()}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)) as lock:
-        fcntl.flock(lock.raw, fcntl.LOCK_EX)
-        yield
+def _check_context(context: str, file: str | None) -> None:
+    if _STDIN in (context, file) and os.isatty(0):
+        raise UsageError("the Dockerfile cannot be typed at a terminal", "kata build -f - . < FILE")
+    if context == _STDIN:
+        if file is not None:
+            raise UsageError(
+                "without a context there is no file but the Dockerfile, which is standard input",
+                "leave out -f",
+            )
+    elif "://" not in context and not os.path.isdir(context):
+        raise UsageError(f"the context {context!r} is no directory", "kata build -t NAME .")
+
+
+def _built(program: str, arguments: Arguments, context: str) -> Image:
+    """Build an image, and read it into the store."""
+    directory = os.path.join(_directory(), "work")
+    # One build at a time.
+    with records.DirectoryLock(_directory(), mode=0o700), _made_anew(directory):
+        build = _Build(program, directory)
+        build.clear()
+        file = arguments.value("file")
+        if context == _STDIN:
+            context = os.path.join(directory, "context")
+            os.mkdir(context)
+            file = _STDIN
+        if file == _STDIN:
+            file = os.path.join(directory, "Dockerfile")
+            _keep_stdin(file)
+        iid = os.path.join(directory, "iid")
+        archive = os.path.join(directory, "image.tar")
+        try:
+            words = _arguments(arguments, context, file, iid)
+            build.run(_command(build, words), "build the image", quiet=arguments.flag("quiet"))
+            with open(iid, encoding="ascii") as told:
+                identity = told.read().strip().removeprefix("sha256:")
+            if build.is_podman:
+                save = ["save", "--format=docker-archive", f"--output={archive}", identity]
+            else:
+                save = ["push", identity, f"docker-archive:{archive}"]
+            build.run(
+                build.command(*save), "hand over the image", hint="df -h $KATA_STATE_DIR: is there space?"
+            )
+        finally:
+            _clear_quietly(build)
+        [image] = manage.load_file(archive, quiet=True)
+        return image
+
+
+def _keep_stdin(path: str) -> None:
+    """Write the Dockerfile on standard input to a file: a builder in a process group of its own may not read there."""
+    with open(0, "rb", closefd=False) as given:
+        content = given.read(_LARGEST_FILE + 1)
+    if b"\0" in content or len(content) > _LARGEST_FILE:
+        raise UsageError(
+            "standard input is no Dockerfile",
+            "a context in an archive has to be unpacked: mkdir C; tar -xf - -C C; kata build C",
+        )
+    if not content.strip():
+        raise UsageError("the Dockerfile on standard input is empty", "kata build -f - . < FILE")
+    with open(path, "wb") as file:
+        file.write(content)
 
 
 @contextmanager
@@ -275,8 +349,7 @@ def _made_anew(directory: str) -> Iterator[None]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _command(build: _Build, arguments: Arguments, context: str, iid: str) -> list[str]:
-    words = _arguments(arguments, context, iid)
+def _command(build: _Build, words: list[str]) -> list[str]:
     if build.is_podman:
         return build.command(f"--runtime={build.runtime}", "build", *words)
     return build.command("build", f"--runtime={build.runtime}", *words)
@@ -284,7 +357,7 @@ def _command(build: _Build, arguments: Arguments, context: str, iid: str) -> lis
 
 def _clear_quietly(build: _Build) -> None:
     """What there is to tell is told already."""
-    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
     try:
         build.clear()
     except (KataError, OSError):

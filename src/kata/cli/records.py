@@ -196,12 +196,16 @@ def _claim(name: str, identity: str) -> bool:
 class PendingContainer:
     """A container that is being created: a name and a directory, which are removed unless `commit` is called.
 
+    Args:
+        name: Its name; None chooses one.
+        identity: Its id, of `new_id`; None chooses one.
+
     Raises:
         AlreadyExistsError: The name is taken.
     """
 
-    def __init__(self, name: str | None) -> None:
-        self.id = new_id()
+    def __init__(self, name: str | None, identity: str | None = None) -> None:
+        self.id = identity or new_id()
         self.directory = paths.container_dir(self.id)
         paths.make_dirs(_names_dir(), 0o711)
         self._journal = Journal.create_dir(
@@ -288,22 +292,24 @@ class DirectoryLock:
     Args:
         directory: The directory, which is made. The lock is a file beside it, for everything in it has a journal.
         shared: For who only needs that nothing of it disappears.
+        mode: Of the directory.
 
     Raises:
         HostError: The directory cannot be made or written.
     """
 
-    __slots__ = ("_directory", "_fd", "_shared")
+    __slots__ = ("_directory", "_fd", "_mode", "_shared")
 
-    def __init__(self, directory: str, *, shared: bool = False) -> None:
+    def __init__(self, directory: str, *, shared: bool = False, mode: int = 0o711) -> None:
         self._directory = directory
         self._shared = shared
+        self._mode = mode
 
     def __enter__(self) -> None:
         import fcntl
 
         try:
-            paths.make_dirs(self._directory, 0o711)
+            paths.make_dirs(self._directory, self._mode)
             self._fd = os.open(f"{self._directory}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise HostError(
@@ -415,6 +421,15 @@ def latest() -> Container:
     return found[0]
 
 
+def named(name: str) -> Container | None:
+    """The container with exactly this name, which is not that of a path; None if there is none."""
+    try:
+        with open(os.path.join(_names_dir(), name), encoding="ascii") as file:
+            return load(file.read().strip())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
 def find_or_none(reference: str) -> Container | None:
     """Find a container by name, by id, or by an unambiguous beginning of its id; None if there is none.
 
@@ -423,13 +438,8 @@ def find_or_none(reference: str) -> Container | None:
     """
     if not reference or "/" in reference or reference.startswith("."):
         return None
-    try:
-        with open(os.path.join(_names_dir(), reference), encoding="ascii") as file:
-            found = load(file.read().strip())
-        if found:
-            return found
-    except (FileNotFoundError, ValueError):
-        pass
+    if found := named(reference):
+        return found
     try:
         matches = [name for name in os.listdir(_containers_dir()) if name.startswith(reference)]
     except FileNotFoundError:

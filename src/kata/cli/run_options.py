@@ -12,7 +12,8 @@ import os
 import stat
 
 from kata.cli import values
-from kata.errors import KataError, UsageError
+from kata.errors import HostError, UsageError
+from kata.sysio import Fd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -451,47 +452,54 @@ def exposed_ports(exposed: Iterable[str], published: list[dict[str, Any]]) -> li
 
 
 class IdFile:
-    """The file of ``--cidfile``.
+    """A file that gets an id (``--cidfile``, ``--iidfile``). It is opened before anything is made.
 
     Args:
         path: Where it is to be.
+        option: The option, for errors.
+        replaces: A file that is there is overwritten; false refuses one.
 
     Raises:
-        KataError: It is there already, or cannot be made.
+        UsageError: It is there already.
+        HostError: It cannot be made or written.
     """
 
-    __slots__ = ("_path",)
+    __slots__ = ("_fd", "_option", "_path")
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, option: str = "--cidfile", *, replaces: bool = False) -> None:
         self._path = path
+        self._option = option
+        how = os.O_TRUNC if replaces else os.O_EXCL
         try:
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
+            # Held open: later another may stand there, in a directory that is somebody else's.
+            self._fd = Fd(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | how, 0o644))
         except FileExistsError:
             raise UsageError(
-                f"--cidfile {path} is there already: it may be of another container", f"rm {path}"
+                f"{option} {path} is there already: it may be of another container", f"rm {path}"
             ) from None
         except OSError as error:
-            raise UsageError(
-                f"--cidfile {path}: {error.strerror}", "name a file in a directory of yours"
+            raise HostError(
+                f"{option} {path}: {error.strerror}", "name a file in a directory of yours"
             ) from error
 
     def write(self, identity: str) -> None:
-        """Write the container's id.
+        """Write the id.
 
         Raises:
-            KataError: It cannot be written.
+            HostError: It cannot be written.
         """
         try:
-            # Another may stand there by now, in a directory that is somebody else's.
-            fd = os.open(self._path, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-            with os.fdopen(fd, "w", encoding="ascii") as file:
-                file.write(identity)
+            with self._fd:
+                os.write(self._fd.raw, identity.encode())
         except OSError as error:
-            raise KataError(f"--cidfile {self._path}: {error.strerror}", "check its disk") from error
+            raise HostError(f"{self._option} {self._path}: {error.strerror}", "check its disk") from error
 
     def discard(self) -> None:
-        """Remove it: there is no container."""
+        """Remove it: nothing was made that has an id."""
+        self._fd.close()
         try:
-            os.unlink(self._path)
+            about = os.stat(self._path, follow_symlinks=False)
+            if stat.S_ISREG(about.st_mode):
+                os.unlink(self._path)
         except OSError:
             pass
