@@ -90,6 +90,62 @@ def test_replace_is_about_a_name(
     assert records.load(made) is not None
 
 
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("-w", "relative"), "not absolute"),
+        (("--cap-add", "NOSUCH"), "NOSUCH"),
+        (("--storage", "disk", "--storage-size", "17t"), "cannot be made"),
+        (("--mount", "type=volume,dst=/d,volume-opt=size=1k"), "cannot be made"),
+        (("--network", "inner", "-p", "8080:80"), "no way in"),
+        (("--network", "inner", "--ip", "10.0.0.9"), "no member's address"),
+        (("--health-interval", "never"), "--health-interval"),
+        (("--label", "=x"), "not a label"),
+    ],
+)
+def test_a_refused_command_has_not_removed_the_old_container(
+    state: Path, image: store.Image, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], why: str
+) -> None:
+    said(capsys, "network", "create", "--internal", "inner")
+    old = make("web")
+    named = ("create", "--replace", "--name", "web", "--storage", "tmpfs")
+    id_file = state / "id"
+    assert why in said(capsys, *named, "--cidfile", str(id_file), *words, "bb", "true", status=125)
+    assert records.find("web").id == old.id
+    assert not id_file.exists()
+    assert len(records.all_containers()) == 1
+
+
+def test_a_new_container_has_the_address_of_the_one_it_replaces(
+    state: Path, image: store.Image, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said(capsys, "network", "create", "--subnet", "10.5.0.0/24", "net")
+    named = ("create", "--replace", "--name", "web", "--storage", "tmpfs", "--network", "net", "--ip")
+    said(capsys, *named, "10.5.0.7", "bb", "true")
+    said(capsys, *named, "10.5.0.7", "bb", "true")
+    assert [one.record["networks"][0]["address"] for one in records.all_containers()] == ["10.5.0.7"]
+
+
+def test_without_a_name_nothing_is_replaced_or_made(
+    state: Path, image: store.Image, capsys: pytest.CaptureFixture[str]
+) -> None:
+    id_file = state / "id"
+    words = ("create", "--replace", "--cidfile", str(id_file), "bb", "true")
+    assert "--name NAME" in said(capsys, *words, status=125)
+    assert not id_file.exists()
+
+
+def test_a_name_may_begin_several_ids(
+    state: Path, image: store.Image, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for digit in "12":
+        with monkeypatch.context() as patched:
+            patched.setattr(records, "new_id", lambda digit=digit: f"ab{digit}".ljust(32, "0"))
+            make(f"old{digit}")
+    said(capsys, "create", "--replace", "--name", "ab", "--storage", "tmpfs", "bb", "true")
+    assert len(records.all_containers()) == 3
+
+
 def test_df(state: Path, image: store.Image, capsys: pytest.CaptureFixture[str]) -> None:
     make("user", image.id)
     said(capsys, "volume", "create", "data")

@@ -192,13 +192,14 @@ def users(name: str) -> list[records.Container]:
     ]
 
 
-def place(name: str, aliases: list[str], address: str) -> dict[str, Any]:
+def place(name: str, aliases: list[str], address: str, *, but: str = "") -> dict[str, Any]:
     """Choose a new container's place in a network. The caller holds the lock until the container's record is there.
 
     Args:
         name: The network.
         aliases: Names besides the container's.
         address: The address that was asked for; empty chooses.
+        but: The id of a container whose place is about to be free.
 
     Returns:
         An element of the record's ``networks``.
@@ -217,7 +218,7 @@ def place(name: str, aliases: list[str], address: str) -> dict[str, Any]:
         one["address"]
         for container in users(record["name"])
         for one in container.record["networks"]
-        if one["network"] == record["name"]
+        if one["network"] == record["name"] and container.id != but
     }
     hosts = iter(subnet.hosts())
     next(hosts)  # where a gateway would be

@@ -8,7 +8,7 @@ import time
 
 from kata.cli import values
 from kata.cli.args import Command, Option
-from kata.cli.records import CREATED, PendingContainer, now
+from kata.cli.records import CREATED, PendingContainer, new_id, now
 from kata.errors import ToldToEnd, UsageError
 from kata.hypervisor import registry
 
@@ -234,12 +234,10 @@ def make_container(
         from kata.cli import run_options
 
         id_file = run_options.IdFile(id_path)
-    if arguments.flag("replace"):
-        _remove_namesake(choice.name)
     pending = None
     try:
-        pending = PendingContainer(choice.name)
-        hostname = choice.hostname or pending.id[:12]
+        identity = new_id()
+        hostname = choice.hostname or identity[:12]
         request = oci.Request(hostname)
         choice.fill(request)
         request.command = command
@@ -254,8 +252,8 @@ def make_container(
         default_stop = oci.SYSTEMD_STOP if oci.runs_systemd(request, spec["process"]["args"]) else "SIGTERM"
         volumes = [(volume_file(number), volume) for number, volume in enumerate(choice.disk_volumes)]
         record: dict[str, Any] = {
-            "id": pending.id,
-            "name": pending.name,
+            "id": identity,
+            "name": choice.name or "",
             "created_at": now(),
             "image": {"reference": reference, "id": image.id},
             "rootfs": _rootfs(image),
@@ -291,6 +289,12 @@ def make_container(
             from kata.cli import health
 
             record["health"] = health.wanted(arguments, image.config)
+        if record["networks"]:
+            _check_way_in(record["ports"], [name for name, *_ in record["networks"]])
+        if arguments.flag("replace"):
+            _replace(record, volumes, made_to_run=made_to_run)
+        pending = PendingContainer(choice.name, identity)
+        record["name"] = pending.name
         return _commit(pending, record, spec, volumes, id_file)
     except BaseException:
         if pending is not None:
@@ -300,14 +304,49 @@ def make_container(
         raise
 
 
-def _remove_namesake(name: str | None) -> None:
-    if not name:
-        raise UsageError("--replace is about the container with the same name", "--name NAME")
+def _replace(record: dict[str, Any], volumes: list[tuple[str, Volume]], *, made_to_run: bool) -> None:
+    """Remove the container that has the name of a new one, unless the new one would be refused (``--replace``).
+
+    Args:
+        record: Of the new one; its ``networks`` are what was asked for.
+        volumes: The new one's.
+        made_to_run: It is started at once.
+
+    Raises:
+        KataError: The new one cannot be made, or started; or the old one cannot be removed.
+    """
     from kata.cli import lifecycle, records
 
-    old = records.find_or_none(name)
-    if old is not None and old.name == name:
-        lifecycle.remove(old, force=True)
+    old = records.named(record["name"])
+    if old is None:
+        return
+    from kata.storage import ext4
+
+    if record["upper"] == "disk":
+        ext4.check_size(record["storage_size"])
+    for _, volume in volumes:
+        ext4.check_size(volume.size, "volume", "volume-opt=size")
+    if record["networks"]:
+        from kata.cli import networks
+
+        for one in record["networks"]:
+            networks.place(*one, but=old.id)
+    if made_to_run:
+        from kata.cli import session
+
+        session.sandbox_settings(records.Container(record["id"], {**record, "networks": []}), 0)
+    lifecycle.remove(old, force=True)
+
+
+def _check_way_in(ports: list[dict[str, Any]], names: list[str]) -> None:
+    """Refuse ports that networks with these names alone could not publish."""
+    from kata.cli import networks
+
+    if ports and not networks.leads_outside([{"network": name} for name in names]):
+        raise UsageError(
+            f"-p has no way in: the network {names[0]} is internal",
+            "leave out -p, or give --network another one besides",
+        )
 
 
 def _commit(
@@ -338,11 +377,7 @@ def _commit(
             networks.locked()
         ):  # no address is given twice, and no network removed, before the record is there
             record["networks"] = [networks.place(*one) for one in record["networks"]]
-            if record["ports"] and not networks.leads_outside(record["networks"]):
-                raise UsageError(
-                    f"-p has no way in: the network {record['networks'][0]['network']} is internal",
-                    "leave out -p, or give --network another one besides",
-                )
+            _check_way_in(record["ports"], [one["network"] for one in record["networks"]])
             return _commit_volumes(pending, record, spec, volumes)
     del record["networks"]
     return _commit_volumes(pending, record, spec, volumes)
@@ -484,6 +519,8 @@ class _Choice:
             a.value("memory"),
         )
         self.name = None if name is None else values.container_name(name)
+        if name is None and a.flag("replace"):
+            raise UsageError("--replace is about the container with the same name", "--name NAME")
         self.hostname = None if hostname is None else values.hostname(hostname)
         self.cpus = None if cpus is None else values.cpus(cpus)
         self.memory = None if memory is None else values.container_memory(memory)

@@ -66,12 +66,7 @@ def make_writable(
         ResourceExhaustedError: No space on the host's disk, or its file system takes no file of that size.
         HostError: mkfs.ext4 is missing or failed, or the file cannot be written.
     """
-    size = size_bytes & ~4095
-    if not MIN_SIZE <= size <= MAX_SIZE:
-        raise UsageError(
-            f"a {what} of {size_bytes} bytes cannot be made",
-            f"choose between {MIN_SIZE >> 20}m and 16t",
-        )
+    size = check_size(size_bytes, what, option)
     try:
         template = _open_template(size, scratch=scratch)
     except OSError as error:
@@ -82,6 +77,26 @@ def make_writable(
         raise _host_error(error, f"{what} {path}", option) from error
     finally:
         os.close(template)
+
+
+def check_size(size_bytes: int, what: str = "writable layer", option: str = "--storage-size") -> int:
+    """Round the size of a file system down to 4 KiB.
+
+    Args:
+        size_bytes: As it was asked for.
+        what: Its name in errors.
+        option: The option that sets it.
+
+    Raises:
+        UsageError: It is out of range.
+    """
+    size = size_bytes & ~4095
+    if not MIN_SIZE <= size <= MAX_SIZE:
+        raise UsageError(
+            f"{option}: a {what} of {size_bytes} bytes cannot be made",
+            f"choose between {MIN_SIZE >> 20}m and 16t",
+        )
+    return size
 
 
 def _open_template(size: int, *, scratch: bool) -> int:
