@@ -165,7 +165,13 @@ def test_exec(shared_kata: Kata, box: str) -> None:
     )
     assert (done.returncode, done.stdout, done.stderr) == (5, b"12 /tmp\n", b"e\n")
     assert shared_kata.ok("exec", "-i", box, "cat", stdin=b"in and out") == "in and out"
-    assert shared_kata.ok("exec", "-u", "7:8", box, "id", "-u").strip() == "7"
+    groups = ("grep", "Groups", "/proc/self/status")
+    as_another = shared_kata.ok("exec", "-u", "7:8", box, "sh", "-c", f"id -u; {' '.join(groups)}")
+    assert as_another.split() == ["7", "Groups:", "8"]
+    # As in Docker: root is in its own group, and in those that the image's file has it in.
+    assert shared_kata.ok("exec", box, *groups).split() == ["Groups:", "0"]
+    shared_kata.ok("exec", box, "sh", "-c", "echo mail:x:8:root >>/etc/group")
+    assert shared_kata.ok("exec", "-u", "root", box, *groups).split() == ["Groups:", "0", "8"]
 
 
 def test_exec_of_what_is_not_there(shared_kata: Kata, box: str) -> None:

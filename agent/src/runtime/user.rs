@@ -7,6 +7,10 @@ use crate::sys;
 
 /// A file of the image is read up to here; a real passwd file is smaller, a hostile one may be endless.
 const MAX_FILE: usize = 1 << 20;
+/// What a line has to have: name, password, uid, gid. Images that somebody has written by hand leave the rest out.
+const PASSWD_FIELDS: usize = 4;
+/// Likewise: name, password, gid.
+const GROUP_FIELDS: usize = 3;
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Identity {
@@ -61,28 +65,36 @@ impl Wanted {
         let mut found = Identity { uid: self.uid, gid: self.gid, groups: self.groups.clone(), home: "/".to_string() };
         let mut known: BTreeSet<u32> = found.groups.iter().copied().collect();
         if self.user.is_empty() && self.group.is_empty() {
-            if let Some(entry) = entries(passwd, 7).find(|e| e[2].parse() == Ok(self.uid)) {
-                set_home(&mut found, entry[5]);
+            // For setresuid(2) it is "as it was", so the process would stay root.
+            if [self.uid, self.gid].contains(&u32::MAX) {
+                return Err(Error::invalid(format!("{} is no number of a user or group", u32::MAX)));
+            }
+            if let Some(entry) = entries(passwd, PASSWD_FIELDS).find(|e| e[2].parse() == Ok(self.uid)) {
+                set_home(&mut found, entry.get(5).unwrap_or(&""));
             }
             return self.add_more_groups(found, group, known);
         }
         let user = if self.user.is_empty() { "0" } else { &self.user };
-        let number: Option<u32> = user.parse().ok();
-        let entry =
-            entries(passwd, 7).find(|e| e[0] == user || (number.is_some() && e[2].parse() == Ok(number.unwrap_or(0))));
+        // What can be read as a number is one, even if somebody is called that.
+        let number: Option<i64> = user.parse().ok();
+        let entry = entries(passwd, PASSWD_FIELDS).find(|e| match number {
+            Some(number) => e[2].parse() == Ok(number),
+            None => e[0] == user,
+        });
         match (entry, number) {
             (Some(entry), _) => {
                 found.uid = id(entry[2], "/etc/passwd")?;
                 found.gid = id(entry[3], "/etc/passwd")?;
-                set_home(&mut found, entry[5]);
+                set_home(&mut found, entry.get(5).unwrap_or(&""));
                 if self.group.is_empty() {
-                    for line in entries(group, 4).filter(|e| e[3].split(',').any(|member| member == entry[0])) {
+                    let is_in = |e: &Vec<&str>| e.get(3).is_some_and(|all| all.split(',').any(|one| one == entry[0]));
+                    for line in entries(group, GROUP_FIELDS).filter(is_in) {
                         push_new(&mut found.groups, &mut known, id(line[2], "/etc/group")?);
                     }
                 }
             }
             (None, Some(number)) => {
-                found.uid = number;
+                found.uid = in_range(number, user)?;
                 found.gid = 0;
             }
             (None, None) => {
@@ -121,14 +133,31 @@ fn push_new(groups: &mut Vec<u32>, known: &mut BTreeSet<u32>, gid: u32) {
 }
 
 fn group_id(name: &str, group: &str) -> Result<u32> {
-    if let Some(entry) = entries(group, 4).find(|e| e[0] == name) {
-        return id(entry[2], "/etc/group");
+    let number: Option<i64> = name.parse().ok();
+    let entry = entries(group, GROUP_FIELDS).find(|e| match number {
+        Some(number) => e[2].parse() == Ok(number),
+        None => e[0] == name,
+    });
+    match (entry, number) {
+        (Some(entry), _) => id(entry[2], "/etc/group"),
+        (None, Some(number)) => in_range(number, name),
+        (None, None) => Err(Error::invalid(format!("unable to find group {name}: no matching entries in group file"))),
     }
-    name.parse().map_err(|_| Error::invalid(format!("unable to find group {name}: no matching entries in group file")))
 }
 
+/// A number in the image's files; there may be some beyond `in_range` (4294967294 was nobody's once).
 fn id(text: &str, file: &str) -> Result<u32> {
-    text.parse().map_err(|_| Error::invalid(format!("{file} of the container: {text:?} is not a number")))
+    let number = text.parse().ok().filter(|number| *number != u32::MAX);
+    number
+        .ok_or_else(|| Error::invalid(format!("{file} of the container: {text:?} is not a number of a user or group")))
+}
+
+/// The range is Docker's. The largest 32-bit number means "as it was" to setresuid(2).
+fn in_range(number: i64, text: &str) -> Result<u32> {
+    i32::try_from(number)
+        .ok()
+        .and_then(|number| u32::try_from(number).ok())
+        .ok_or_else(|| Error::invalid(format!("{text}: uids and gids must be in range 0-{}", i32::MAX)))
 }
 
 /// The lines of a colon-separated file that have at least `fields` fields.
@@ -178,6 +207,34 @@ mod tests {
         assert_eq!(resolve(&named("bob")).3, "/");
         assert!(named("eve").resolve_in(PASSWD, GROUP).unwrap_err().message.contains("unable to find user eve"));
         assert!(named("ann:nobody").resolve_in(PASSWD, GROUP).is_err());
+    }
+
+    #[test]
+    fn root_has_its_groups_of_the_image_as_anybody() {
+        let group = "root:x:0:root\nbin:x:1:root,bin\nwheel:x:10:root\nann:x:1000:\n";
+        assert_eq!(named("0").resolve_in(PASSWD, group).unwrap().groups, [0, 1, 10]);
+        // There may be no such files.
+        let alone = named("0").resolve_in("", "").unwrap();
+        assert_eq!((alone.uid, alone.gid, alone.groups), (0, 0, vec![0]));
+    }
+
+    #[test]
+    fn what_can_be_a_number_is_one() {
+        let passwd = "1000:x:5:5::/five:\n+7:x:8:8::/:\nann:x:1000:100\n";
+        let group = "100:x:5:\nusers:x:100\nstaff:x:50:ann\n";
+        let found = |text: &str| {
+            let id = named(text).resolve_in(passwd, group).unwrap();
+            (id.uid, id.gid, id.groups, id.home)
+        };
+        assert_eq!(found("1000"), (1000, 100, vec![100, 50], "/".into()));
+        assert_eq!(found("+7"), (7, 0, vec![0], "/".into()));
+        assert_eq!(found("ann:100"), (1000, 100, vec![100], "/".into()));
+        for text in ["-1", "2147483648", "4294967295", "ann:-1", "ann:4294967295"] {
+            let message = named(text).resolve_in(passwd, group).unwrap_err().message;
+            assert!(message.contains("must be in range 0-2147483647"), "{text}: {message}");
+        }
+        let nobody = User { uid: u32::MAX, gid: 1, ..Default::default() };
+        assert!(Wanted::new(Some(&nobody), None).resolve_in(passwd, group).is_err());
     }
 
     #[test]

@@ -92,7 +92,9 @@ def _process(container: Container, arguments: Arguments) -> dict[str, Any]:
         process["cwd"] = workdir
     user = arguments.value("user")
     if user is not None:
-        process["user"] = {"uid": 0, "gid": 0, "username": user}
+        # The groups of --group-add are every process's, as in Docker.
+        kept = {key: own for key, own in process["user"].items() if key == "additionalGids"}
+        process["user"] = {"uid": 0, "gid": 0, "username": user, **kept}
     if user is not None or arguments.flag("privileged"):
         from kata.oci import capabilities
         from kata.oci.spec import capability_sets

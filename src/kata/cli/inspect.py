@@ -248,7 +248,7 @@ def _as_docker(container: Container, state: dict[str, Any], spec: dict[str, Any]
         "Config": {
             **inspect_members.config(),
             "Hostname": record["hostname"],
-            "User": (process.get("user") or {}).get("username", ""),
+            "User": _user(process),
             "Tty": record["tty"],
             "OpenStdin": record["open_stdin"],
             "StdinOnce": record["stdin_once"],
@@ -268,6 +268,14 @@ def _as_docker(container: Container, state: dict[str, Any], spec: dict[str, Any]
             "Networks": _networks(record),
         },
     }
+
+
+def _user(process: dict[str, Any]) -> str:
+    """Who the command runs as, as Docker has it: empty for root."""
+    from kata.oci.spec import ROOT
+
+    name = (process.get("user") or {}).get("username", "")
+    return "" if name == ROOT else str(name)
 
 
 def _health(container: Container) -> dict[str, Any]:

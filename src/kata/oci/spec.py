@@ -50,6 +50,10 @@ CPU_PERIOD = 100_000
 """Period of the CPU quota, in microseconds; the default of the kernel and of Docker."""
 
 
+ROOT = "0"
+"""The user of a container for which neither the command line nor the image names one."""
+
+
 class Request:
     """The user's options for a container.
 
@@ -265,7 +269,8 @@ def build(request: Request, image: dict[str, Any]) -> dict[str, Any]:
         linux["seccomp"] = default_profile(granted)
     process: dict[str, Any] = {
         "terminal": request.terminal,
-        "user": {"uid": 0, "gid": 0, **({"username": user} if user else {})},
+        # Also root's groups are those of the image's files.
+        "user": {"uid": 0, "gid": 0, "username": user or ROOT},
         "args": argv,
         "env": env,
         "cwd": request.workdir or image.get("WorkingDir") or "/",

@@ -35,6 +35,7 @@ def specification() -> dict[str, Any]:
     # A profile would be most of the file. Callers that want one write their own.
     del made["linux"]["seccomp"]
     process = made["process"]
+    del process["user"]["username"]  # other runtimes take numbers alone
     process["env"] = [f"PATH={spec.DEFAULT_PATH}", "TERM=xterm"]
     process["noNewPrivileges"] = True
     process["rlimits"] = [{"type": "RLIMIT_NOFILE", "hard": _OPEN_FILES, "soft": _OPEN_FILES}]
