@@ -252,8 +252,10 @@ def test_a_container_is_started_again(kvm_kata: Kata, busybox_image: str, system
     try:
         units["always"] = made("always", "always", "sleep 1")
         units["stopped"] = made("stopped", "unless-stopped", "sleep 1000")
-        # The last one: systemd counts anew when its units are read again, as for each that is made.
-        units["twice"] = made("twice", "on-failure:1", "exit 3")
+        # No status of its own means to the unit that somebody has stopped it.
+        units["twice"] = made("twice", "on-failure:1", "exit 250")
+        # systemd's own limit would count anew.
+        systemd.call("systemctl", "daemon-reload")
         until(lambda: starts("always") >= 2, "a restart")
         assert int(kata("inspect", "-f", "{{.RestartCount}}", "always")) >= 1
         is_now(units["twice"], "failed")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from kata.cli import records, restart
-from kata.errors import UnsupportedError, UsageError
+from kata.cli import records, restart, session
+from kata.errors import HostError, ToldToEnd, UnsupportedError, UsageError
 
 
 @pytest.fixture(autouse=True)
@@ -63,11 +65,14 @@ def test_systemd_reads_the_unit(text: str, state: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("KATA_CONF_FILE", '/with a $HOME, 5% and "that"')
     monkeypatch.setenv(records.RESTART_UNIT, "of another")
     name, _, often = text.partition(":")
+    # Its own limit is forgotten whenever units are read again.
+    limit = "StartLimitIntervalSec=0\n"
     pending = records.PendingContainer("web")
     restart.write_unit(pending, {"name": name, "max": int(often or 0)})
     unit = units / restart.unit_name(pending.id)
     content = unit.read_text()
-    assert ("StartLimitBurst=4" in content) == bool(often)
+    assert limit in content
+    assert "StartLimitBurst" not in content
     assert ("ConditionPathExists=!" in content) == (name != "always")
     # As the command was called, so do its restarts; $ has no meaning here, systemd.exec(5).
     assert 'Environment="KATA_HYPERVISOR=firecracker"\n' in content
@@ -85,21 +90,89 @@ def test_systemd_reads_the_unit(text: str, state: Path, monkeypatch: pytest.Monk
     assert [path for path in units.rglob("*") if not path.is_dir()] == []
 
 
-@pytest.mark.parametrize("substate", ["running", "auto-restart"])
+@pytest.mark.parametrize(
+    ("active", "runs", "stops"),
+    [
+        # A unit whose container runs ends as that does, with the grace that was asked for.
+        ("active", True, False),
+        ("activating", True, False),
+        # It waits for the time of a restart, or its machine boots.
+        ("activating", False, True),
+        ("inactive", False, False),
+    ],
+)
 def test_who_stops_it_by_hand_before_it_is_started_again(
-    substate: str, state: Path, monkeypatch: pytest.MonkeyPatch
+    active: str, runs: bool, stops: bool, state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[str] = []
+    container = SimpleNamespace(id="abc", directory=str(state), running=lambda: runs)
 
     def systemctl(*words: str, timeout_s: float | None = None) -> str:
         told.append(words[0])
-        return f"{substate}\n"
+        # What the unit runs has begun meanwhile.
+        restart.begin(container)  # type: ignore[arg-type]
+        return f"{active}\n"
 
     monkeypatch.setattr(restart, "_systemctl", systemctl)
-    container = SimpleNamespace(id="abc", directory=str(state))
     restart.mark_stopped(container)  # type: ignore[arg-type]
-    # A unit whose container runs ends as that does, with the grace that was asked for.
-    assert told == (["show", "stop"] if substate == "auto-restart" else ["show"])
-    assert restart.was_stopped(container)  # type: ignore[arg-type]
+    assert told == ["show", *(["stop"] if stops else [])]
+    if active == "activating":
+        assert restart.was_stopped(container)  # type: ignore[arg-type]
     restart.begin(container)  # type: ignore[arg-type]
     assert not restart.was_stopped(container)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("ends", "allowed", "restarts", "by_hand", "expected"),
+    [
+        (0, 2, 2, False, 0),
+        (3, 2, 1, False, 3),
+        (3, 2, 2, False, signal.SIGPROF),
+        (3, 0, 99, False, 3),
+        (None, 2, 1, False, 125),
+        (None, 2, 2, False, signal.SIGPROF),
+        # Also what was the sign of an end by hand once is a container's own.
+        (250, 0, 0, False, 250),
+        (250, 2, 0, True, signal.SIGVTALRM),
+        (0, 2, 9, True, signal.SIGVTALRM),
+    ],
+)
+def test_how_the_process_of_a_unit_ends(
+    ends: int | None,
+    allowed: int,
+    restarts: int,
+    by_hand: bool,
+    expected: int,
+    state: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    container = SimpleNamespace(id="abc", directory=str(state), record={"restart": {"max": allowed}})
+
+    def run_attached(*_: object, **__: object) -> int:
+        os.write(2, b"of the container")
+        if by_hand:
+            (state / "stopped-by-hand").touch()
+        if ends is None:
+            raise HostError("it cannot be started", "try")
+        return ends
+
+    monkeypatch.setattr(session, "run_attached", run_attached)
+    monkeypatch.setattr(restart, "_systemctl", lambda *words, **_: f"{restarts}\n")
+    before, stderr = os.dup(2), sys.stderr
+    try:
+        if isinstance(expected, signal.Signals):
+            with pytest.raises(ToldToEnd) as caught:
+                restart.attend(container)  # type: ignore[arg-type]
+            assert caught.value.number == expected
+        else:
+            assert restart.attend(container) == expected  # type: ignore[arg-type]
+        sys.stderr.close()
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        sys.stderr = stderr
+    # The journal is for kata's own words.
+    said = capfd.readouterr().err
+    assert "of the container" not in said
+    assert ("it cannot be started" in said) == (ends is None)

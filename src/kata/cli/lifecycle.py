@@ -157,11 +157,7 @@ def _start(arguments: Arguments) -> int:
         if container.record.get("restart") and os.environ.get(records.RESTART_UNIT) == container.id:
             from kata.cli import restart
 
-            restart.begin(container)
-            status = session.run_attached(
-                container, stdin=False, detach_keys=b"", started=restart.tell_started
-            )
-            return restart.STOPPED if restart.was_stopped(container) else status
+            return restart.attend(container)
         return session.run_attached(
             container, stdin=interactive and container.record["open_stdin"], detach_keys=b"\x10\x11"
         )

@@ -1,8 +1,9 @@
 """`--restart`: a unit of systemd that starts a container again when it has ended, and when the host has booted.
 
 `kata` has no daemon that could do it. The unit's process is ``kata start -a ID``, which ends as the container ends, so
-the unit's rules for restarts are the container's. A container that somebody stops by hand is marked first; then that
-process ends with `STOPPED`, which the unit takes for its end.
+the unit's rules for restarts are the container's. It ends itself by a signal where there is to be no restart:
+`_STOPPED` after somebody has stopped the container by hand, which is marked first, and `_ENOUGH` after as many restarts
+as were allowed. An exit status would not do: a container can end with any.
 
 Sources: docker-run(1), "Restart policies"; systemd.service(5), systemd.unit(5); sd_booted(3).
 """
@@ -11,11 +12,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
+import sys
 
 from kata import launcher, sysio
 from kata.cli import records
-from kata.errors import HostError, UnsupportedError, UsageError
+from kata.errors import HostError, KataError, ToldToEnd, UnsupportedError, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,8 +27,8 @@ if TYPE_CHECKING:
     from kata.cli.records import Container, PendingContainer
 
 POLICIES = ("no", "always", "unless-stopped", "on-failure")
-STOPPED = 250
-"""The exit status of ``kata start -a`` in a unit when the container was stopped by hand."""
+_STOPPED, _ENOUGH = signal.SIGVTALRM, signal.SIGPROF
+"""Signals of timers that nobody has set here: `kata` passes neither of them on."""
 _VARIABLE = records.RESTART_UNIT
 _DIRECTORY = "/etc/systemd/system"
 _WANTS = f"{_DIRECTORY}/multi-user.target.wants"
@@ -85,7 +88,6 @@ def _text(pending: PendingContainer, policy: dict[str, Any]) -> str:
         for name in sorted(os.environ)
         if name == "PATH" or (name.startswith("KATA_") and name != _VARIABLE)
     ]
-    often = policy["max"]
     return "\n".join(
         [
             "# For a container that was made with --restart; it goes with the container.",
@@ -93,9 +95,8 @@ def _text(pending: PendingContainer, policy: dict[str, Any]) -> str:
             f"Description=Container {_escaped(pending.name)} in a virtual machine of its own",
             "Wants=network-online.target",
             "After=network-online.target",
-            # Restarts in a row that are allowed; 0 is any number.
-            f"StartLimitIntervalSec={'infinity' if often else 0}",
-            *([f"StartLimitBurst={often + 1}"] if often else []),
+            # What is restarted counts them: systemd forgets its own limit whenever it reads its units again.
+            "StartLimitIntervalSec=0",
             *([f"ConditionPathExists=!{_escaped(mark)}"] if policy["name"] != "always" else []),
             "",
             "[Service]",
@@ -108,10 +109,11 @@ def _text(pending: PendingContainer, policy: dict[str, Any]) -> str:
             f"ExecStop={command} stop {pending.id}",
             f"Restart={'on-failure' if policy['name'] == 'on-failure' else 'always'}",
             "RestartSec=1",
-            f"RestartPreventExitStatus={STOPPED}",
-            f"SuccessExitStatus={STOPPED}",
+            f"RestartPreventExitStatus={_STOPPED.name} {_ENOUGH.name}",
+            f"SuccessExitStatus={_STOPPED.name}",
             "TimeoutStopSec=infinity",  # `kata stop` has its own limits
             "StandardOutput=null",  # it is in `kata logs`
+            "StandardError=journal",
             "",
             "[Install]",
             "WantedBy=multi-user.target",
@@ -173,6 +175,35 @@ def _systemctl(*words: str, timeout_s: float | None = _MANAGER_S) -> str:
     return done.stdout
 
 
+def attend(container: Container) -> int:
+    """Start a container in its unit, and stay until it ends.
+
+    Returns:
+        Its exit code, after which the unit's rule for restarts counts.
+
+    Raises:
+        ToldToEnd: It is not to be started again.
+    """
+    from kata.cli import report, session
+
+    begin(container)
+    # What the container writes is in its log; the journal is for words of kata's.
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        status = session.run_attached(container, stdin=False, detach_keys=b"", started=tell_started)
+    except KataError as error:
+        report.report(error)
+        status = error.exit_code
+    if was_stopped(container):
+        raise ToldToEnd(_STOPPED)
+    allowed = container.record["restart"]["max"]
+    if status and allowed and count(container) >= allowed:
+        raise ToldToEnd(_ENOUGH)
+    return status
+
+
 def begin(container: Container) -> None:
     """Note, in the unit, that the container is started: that it was stopped by hand before does not count any more."""
     with contextlib.suppress(FileNotFoundError):
@@ -212,14 +243,22 @@ def start(container: Container) -> None:
 
 def mark_stopped(container: Container) -> None:
     """Note that somebody stops the container by hand, before it ends: it is not to be started again. If it has ended
-    already and its unit is about to start it, it does not.
+    already and its unit is about to start it, or is starting it, it does not.
     """
-    with contextlib.suppress(OSError):
-        sysio.replace_file(os.path.join(container.directory, _MARK), b"")
+    _mark(container)
     name = unit_name(container.id)
     with contextlib.suppress(HostError):
-        if _systemctl("show", "-p", "SubState", "--value", name).startswith("auto-restart"):
-            _systemctl("stop", name)
+        if _systemctl("show", "-p", "ActiveState", "--value", name).strip() != "activating":
+            return
+        # One that runs, which systemd is not told yet, is stopped by the caller with the grace that was asked for.
+        if not container.running():
+            _systemctl("stop", name, timeout_s=None)
+    _mark(container)  # its start may have taken the first one away
+
+
+def _mark(container: Container) -> None:
+    with contextlib.suppress(OSError):
+        sysio.replace_file(os.path.join(container.directory, _MARK), b"")
 
 
 def was_stopped(container: Container) -> bool:
