@@ -28,6 +28,7 @@ import installer  # noqa: E402
 import release_notes  # noqa: E402
 
 from kata import __version__  # noqa: E402
+from kata.errors import KataError  # noqa: E402
 from kata.guest import manifest  # noqa: E402
 
 GUEST = ROOT / "build/guest"
@@ -173,9 +174,16 @@ def make_deb(target: Path) -> Path:
 
 
 def make_notes(target: Path) -> Path:
-    """Write the release's notes."""
+    """Write the release's notes.
+
+    Raises:
+        installer.Refusal: The changelog says nothing of this version.
+    """
     path = target / "release-notes.md"
-    path.write_text(release_notes.notes(release_notes.CHANGELOG.read_text(), __version__))
+    try:
+        path.write_text(release_notes.notes(release_notes.CHANGELOG.read_text(), __version__))
+    except LookupError as error:
+        raise installer.Refusal(str(error), "tools/release_notes.py --check") from None
     return path
 
 
@@ -193,6 +201,9 @@ def main() -> int:
         made = [MAKERS[name](target) for name in sys.argv[2:] or MAKERS]
     except installer.Refusal as refusal:
         print(f"error: {refusal}\nhint: {refusal.hint}", file=sys.stderr)
+        return 1
+    except KataError as error:  # of the guest
+        print(f"error: {error.message}\nhint: {error.hint}", file=sys.stderr)
         return 1
     except (OSError, subprocess.CalledProcessError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -86,16 +86,19 @@ def _git(*arguments: str) -> str:
 
 def main() -> int:
     """Print the notes, or say what is in the way."""
-    if sys.argv[1:] == ["--check"]:
-        found = obstacles()
-        for line in found:
-            print(f"error: {line}", file=sys.stderr)
-        return 1 if found else 0
-    if sys.argv[1:]:
+    if sys.argv[1:] not in ([], ["--check"]):
         print(__doc__, file=sys.stderr)
         return 2
-    print(notes(CHANGELOG.read_text(), version()), end="")
-    return 0
+    try:
+        if not sys.argv[1:]:
+            print(notes(CHANGELOG.read_text(), version()), end="")
+            return 0
+        found = obstacles()
+    except (LookupError, OSError, subprocess.CalledProcessError) as error:
+        found = [str(error)]
+    for line in found:
+        print(f"error: {line}", file=sys.stderr)
+    return 1 if found else 0
 
 
 if __name__ == "__main__":

@@ -420,6 +420,28 @@ def test_what_podman_runs_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "cgroupfs" in caught.value.hint
 
 
+def test_programs_that_cannot_be_started_are_no_faults_of_a_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("podman", "dockerd", "containerd", "crio"):
+        (tmp_path / name).write_bytes(b"\x7fELF, of another machine")
+        (tmp_path / name).chmod(0o755)
+    drop_in = tmp_path / "d/50-kata.conf"
+    for call in (
+        client_podman.podman,
+        client_podman.surroundings,
+        lambda: client_podman.Podman(str(tmp_path / "podman"), "5.0").check(str(drop_in), "/x"),
+        client_docker.daemon,
+        lambda: client_docker.Daemon(str(tmp_path / "dockerd")).check(str(drop_in)),
+        client_containerd.daemon,
+        lambda: client_containerd.Daemon(str(tmp_path / "containerd"), (2, 0)).dump(str(drop_in)),
+        lambda: client_crio.check(str(tmp_path / "crio"), str(drop_in)),
+    ):
+        with pytest.raises(HostError, match="cannot be started: Exec format error"):
+            call()
+
+
 def test_podman_has_to_be_there_and_new_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(client_podman, "_WHERE", str(tmp_path))

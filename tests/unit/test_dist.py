@@ -54,6 +54,32 @@ def test_the_wheel_has_the_code_and_what_it_runs(tmp_path: Path) -> None:
         assert f"Version: {kata.__version__}\n" in archive.read(f"{about}/METADATA").decode()
 
 
+@pytest.mark.parametrize("what", ["notes", "deb"])
+def test_what_cannot_be_made_is_an_error_with_a_hint(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "CHANGELOG.md").write_text("# Changelog\n")
+    monkeypatch.setattr(release_notes, "CHANGELOG", tmp_path / "CHANGELOG.md")
+    # A guest that is damaged is found when its turn comes.
+    monkeypatch.setattr(dist, "GUEST", tmp_path)
+    monkeypatch.setitem(dist.MAKERS, "deb", lambda target: dist.ship_guest(target))
+    monkeypatch.setattr("sys.argv", ["dist.py", str(tmp_path / "made"), what])
+    assert dist.main() == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert "\nhint: " in said
+
+
+def test_the_notes_of_a_version_without_any(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "CHANGELOG.md").write_text("# Changelog\n")
+    monkeypatch.setattr(release_notes, "CHANGELOG", tmp_path / "CHANGELOG.md")
+    monkeypatch.setattr("sys.argv", ["release_notes.py"])
+    assert release_notes.main() == 1
+    assert capsys.readouterr().err == f"error: CHANGELOG.md has no heading '## {kata.__version__} (...)'\n"
+
+
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the package's directory as an installation has it, which `kata.paths` takes for its own."""

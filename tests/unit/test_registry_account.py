@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import stat
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -164,6 +166,11 @@ def test_push(
     assert out.startswith("2: digest: sha256:")
     digest = out.split()[-1]
     assert said(capsys, "push", "-q", name, pushed).strip() == pushed
+    # The hint for podman's --digestfile, on what it is printed of.
+    hint = "kata push NAME | sed 's/.*digest: //' > FILE"
+    assert hint in said(capsys, "push", "--digestfile", "x", name, status=125)
+    only = subprocess.run(["sed", "s/.*digest: //"], input=out, capture_output=True, text=True, check=True)
+    assert re.fullmatch(r"sha256:[0-9a-f]{64}\n", only.stdout)
     again = resolve(pushed)
     assert content(again) == {"hello"}
     assert (again.config, again.digest) == (fetched.config, digest)

@@ -15,9 +15,9 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import tomllib
 
+from kata.cli.client_ask import ask, last_words
 from kata.cli.client_edit import Edit, read, remove_backups, text_of
 from kata.errors import AlreadyExistsError, ConfigError, HostError
 
@@ -41,7 +41,6 @@ _SECTIONS = {
 }
 """Name of the CRI plugin's section, by version of the configuration file; later versions are like 3."""
 _DROP_IN_VERSION = 3
-_DUMP_S = 30.0
 
 
 class Daemon:
@@ -61,25 +60,22 @@ class Daemon:
 
         Raises:
             ConfigError: containerd cannot read the file.
+            HostError: containerd cannot be asked.
         """
         command = [self.program, "--config", path, "config", "dump"]
         if not os.path.exists(path):
             command = [self.program, "config", "default"]  # 1.x refuses the name of a missing file
-        try:
-            done = subprocess.run(command, capture_output=True, timeout=_DUMP_S, check=False)
-        except (OSError, subprocess.SubprocessError) as error:
-            raise HostError(f"cannot run {self.program}: {error}") from None
+        done = ask(command)
         if done.returncode:
-            last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["it gives no reason"]
-            raise ConfigError(f"containerd cannot read {path}: {last[0]}", f"fix {path} first")
-        return tomllib.loads(done.stdout.decode(errors="replace"))
+            raise ConfigError(f"containerd cannot read {path}: {last_words(done)}", f"fix {path} first")
+        return tomllib.loads(done.stdout)
 
 
 def daemon() -> Daemon:
     """Find containerd on the PATH.
 
     Raises:
-        HostError: There is none, or it does not report its version.
+        HostError: There is none, it cannot be asked, or it does not report its version.
     """
     program = shutil.which("containerd")
     if not program:
@@ -87,7 +83,7 @@ def daemon() -> Daemon:
             "containerd is not on the PATH, so its configuration cannot be checked",
             "PATH=/where/it/is:$PATH kata install containerd",
         )
-    said = subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout
+    said = ask([program, "--version"]).stdout
     match = re.search(r"\bv?(\d+)\.(\d+)\.", said)
     if match is None:
         raise HostError(f"{program} --version does not name a version: {said.strip()!r}")

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import tomllib
 
 from kata.cli import client_drop_in, client_podman
+from kata.cli.client_ask import ask, last_words
 from kata.cli.client_edit import Edit, read
 from kata.errors import ConfigError, HostError
 
@@ -30,7 +30,6 @@ SHIM = "containerd-shim-kata-v2"
 _SHIM_ROOT, _OCI_ROOT = "/run/vc", "/run/kata/oci"
 """The second is where `kata-runtime list` looks when it is not told."""
 _WHERE = "/usr/local/bin:/usr/local/sbin:/usr/bin:/usr/sbin"
-_CHECK_S = 60.0
 
 
 def crio() -> str:
@@ -69,19 +68,14 @@ def check(program: str, path: str) -> None:
 
     Raises:
         ConfigError: CRI-O cannot read it, or has other programs for the handlers.
+        HostError: CRI-O cannot be asked.
     """
     wanted = programs(path)
     main = os.path.join(os.path.dirname(os.path.dirname(path)), "crio.conf")
     given = ["--config", main if os.path.exists(main) else "", "--config-dir", os.path.dirname(path)]
-    try:
-        done = subprocess.run(
-            [program, *given, "config"], capture_output=True, text=True, timeout=_CHECK_S, check=False
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        raise ConfigError(f"cannot ask {program} what it reads in {path}: {error}") from None
+    done = ask([program, *given, "config"])
     if done.returncode:
-        last = (done.stderr.strip() or "it gives no reason").splitlines()[-1]
-        raise ConfigError(f"CRI-O refuses its configuration with {path}: {last}", "crio config")
+        raise ConfigError(f"CRI-O refuses its configuration with {path}: {last_words(done)}", "crio config")
     found = _programs(done.stdout)
     if found != wanted:
         raise ConfigError(

@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 
+from kata.cli.client_ask import ask, last_words
 from kata.cli.client_edit import Edit, read, remove_backups, text_of
 from kata.errors import AlreadyExistsError, ConfigError, HostError
 
@@ -40,24 +40,24 @@ class Daemon:
 
         Raises:
             ConfigError: dockerd refuses it.
+            HostError: dockerd cannot be asked.
         """
         command = [self.program, "--validate", "--config-file", path]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        done = ask(command)
         if done.returncode:
-            last = (done.stderr.strip() or done.stdout.strip() or "it gives no reason").splitlines()[-1]
-            raise ConfigError(f"dockerd refuses {path}: {last}", f"fix {path} first")
+            raise ConfigError(f"dockerd refuses {path}: {last_words(done)}", f"fix {path} first")
 
 
 def daemon() -> Daemon:
     """Find dockerd on the PATH.
 
     Raises:
-        HostError: There is none, or it does not support shims.
+        HostError: There is none, it cannot be asked, or it does not support shims.
     """
     program = shutil.which("dockerd")
     if not program:
         raise HostError("dockerd is not on the PATH", "PATH=/where/it/is:$PATH kata install docker")
-    said = subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout
+    said = ask([program, "--version"]).stdout
     match = re.search(r"version (\d+)\S*", said)
     if match is None or int(match[1]) < LEAST:
         version = match[0].rstrip(",") if match else said.strip()

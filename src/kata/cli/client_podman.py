@@ -12,16 +12,17 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 import tempfile
 import tomllib
 
 from kata.cli import client_drop_in
+from kata.cli.client_ask import ask, last_words
 from kata.cli.client_edit import Edit, read
 from kata.errors import ConfigError, HostError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Mapping
 
 DEFAULT_PATH = "/etc/containers/containers.conf.d/50-kata.conf"
@@ -31,7 +32,6 @@ PROGRAM = "kata-runtime"
 LEAST = 4
 """The first version of Podman that this is tried with."""
 _WHERE = "/usr/local/bin:/usr/local/sbin:/usr/bin:/usr/sbin"
-_CHECK_S = 60.0
 
 
 class Podman:
@@ -55,16 +55,17 @@ class Podman:
 
         Raises:
             ConfigError: podman cannot read it, or finds another runtime.
+            HostError: podman cannot be asked.
         """
         environment = dict(os.environ)
         if os.path.dirname(path) != os.path.dirname(DEFAULT_PATH):
             environment["CONTAINERS_CONF"] = path
-        try:
-            found = _info(self.program, "{{.Host.OCIRuntime.Path}}", "--runtime", NAME, env=environment)
-        except HostError as error:
+        done = _info(self.program, "{{.Host.OCIRuntime.Path}}", "--runtime", NAME, env=environment)
+        if done.returncode:
             raise ConfigError(
-                f"podman refuses its configuration with {path}: {error.message}", error.hint
-            ) from None
+                f"podman refuses its configuration with {path}: {last_words(done)}", "podman info"
+            )
+        found = done.stdout.strip()
         if found != runtime:
             raise ConfigError(
                 f"podman takes {found or 'nothing'} for its runtime {NAME!r}, not {runtime}",
@@ -72,39 +73,35 @@ class Podman:
             )
 
 
-def _info(program: str, template: str, *options: str, env: Mapping[str, str] | None = None) -> str:
+def _info(
+    program: str, template: str, *options: str, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """What ``podman info`` says by a template.
 
     Raises:
-        HostError: It says nothing.
+        HostError: It cannot be asked.
     """
     # In directories that go again: podman makes its storage when it is asked anything.
     with tempfile.TemporaryDirectory(prefix="kata-podman-") as work:
         places = [f"--{name}={work}/{name}" for name in ("root", "runroot", "tmpdir")]
         command = [program, *places, "--storage-driver=vfs", *options, "info", "--format", template]
-        try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=_CHECK_S, check=False, env=env
-            )
-        except (OSError, subprocess.SubprocessError) as error:
-            raise HostError(f"{program} cannot be asked: {error}", "podman info") from None
-    if done.returncode:
-        last = (done.stderr.strip() or "it gives no reason").splitlines()[-1]
-        raise HostError(f"podman info: {last}", "podman info")
-    return done.stdout.strip()
+        return ask(command, env)
 
 
 def surroundings() -> str:
     """Who makes cgroups for podman, and its monitor, as a sentence's end.
 
     Raises:
-        HostError: It has no monitor that works, or somebody makes its cgroups who is not there.
+        HostError: It cannot be asked, has no monitor that works, or somebody makes its cgroups who is not there.
     """
     program = shutil.which("podman") or "podman"
     template = (
         "{{.Host.CgroupManager}}|{{.Host.CgroupsVersion}}|{{.Host.Conmon.Path}}|{{.Host.Conmon.Version}}"
     )
-    manager, _, rest = _info(program, template).partition("|")
+    done = _info(program, template)
+    if done.returncode:
+        raise HostError(f"podman info: {last_words(done)}", "podman info")
+    manager, _, rest = done.stdout.strip().partition("|")
     version, _, monitor = rest.partition("|")
     path, _, said = monitor.partition("|")
     if manager == "systemd" and not os.path.isdir("/run/systemd/system"):
@@ -120,12 +117,12 @@ def podman() -> Podman:
     """Find podman on the PATH.
 
     Raises:
-        HostError: There is none, or it is too old.
+        HostError: There is none, it cannot be asked, or it is too old.
     """
     program = shutil.which("podman")
     if not program:
         raise HostError("podman is not on the PATH", "apt-get install podman")
-    said = subprocess.run([program, "--version"], capture_output=True, text=True, check=False).stdout
+    said = ask([program, "--version"]).stdout
     match = re.search(r"version (\d+)\S*", said)
     if match is None or int(match[1]) < LEAST:
         version = match[0] if match else said.strip()

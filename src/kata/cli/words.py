@@ -198,7 +198,7 @@ OPTIONS: dict[str, dict[str, str]] = {
         "--all-tags -a": "name each: kata push NAME:TAG",
         "--platform": "an image is of one platform here: leave it out",
         "--authfile --creds --cert-dir --tls-verify": "kata login, or DOCKER_CONFIG=DIR for another file",
-        "--digestfile": "kata push NAME > FILE",
+        "--digestfile": "kata push NAME | sed 's/.*digest: //' > FILE",
         "--disable-content-trust --compress --compression-format --format -f": "leave it out",
         "--remove-signatures --sign-*": "cosign signs what is at a registry",
     },
