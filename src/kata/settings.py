@@ -881,6 +881,7 @@ class SandboxSettings(Part):
         request_started_ns: CLOCK_MONOTONIC when the user's command began, from which timings count; 0 is the launch.
         launched_ns: CLOCK_MONOTONIC when the client began to start the engine; 0 is not known.
         not_forked: Why the engine was executed although there should be a parent of engines to fork it.
+        not_taken: Why no machine that waited was taken, where some should wait.
     """
 
     __slots__ = (
@@ -896,6 +897,7 @@ class SandboxSettings(Part):
         "machine",
         "network",
         "not_forked",
+        "not_taken",
         "notes",
         "oom_score_adj",
         "pod",
@@ -925,6 +927,7 @@ class SandboxSettings(Part):
         request_started_ns: int = 0,
         launched_ns: int = 0,
         not_forked: str = "",
+        not_taken: str = "",
     ) -> None:
         self.id = id
         self.client = client
@@ -944,6 +947,7 @@ class SandboxSettings(Part):
         self.request_started_ns = request_started_ns
         self.launched_ns = launched_ns
         self.not_forked = not_forked
+        self.not_taken = not_taken
 
     def described(self) -> MachineSettings:
         """The machine of a sandbox that has been described.

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from kata.cli import main as kata
+from kata.engine.factory import pool_counts
 
 
 @pytest.fixture
@@ -36,11 +37,36 @@ def test_status_and_destroy_need_no_machine(templates: Path, capsys: pytest.Capt
         "mode": "off",
         "templates": [],
         "waiting": [],
+        "pool": {"made": 0, "taken": 0, "missed": 0},
+        "pool_dropped": dict.fromkeys(pool_counts.REASONS, 0),
         "failures": [{"key": "0123", "reason": "no space"}],
         "engine_parents": [],
     }
     assert kata.main(["factory", "destroy"]) == 0
     assert not (templates / "0123.failed").exists()
+
+
+def test_status_says_what_became_of_machines_that_waited(
+    templates: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (templates.parent / "r").mkdir()
+    assert kata.main(["factory", "status"]) == 0
+    assert "have waited" not in capsys.readouterr().out
+    for name, times in (
+        (pool_counts.MADE, 5),
+        (pool_counts.TAKEN, 2),
+        (pool_counts.MISSED, 7),
+        (pool_counts.dropped(pool_counts.MEMORY), 2),
+        (pool_counts.dropped(pool_counts.KILLED), 1),
+    ):
+        pool_counts.count(name, times)
+    assert kata.main(["factory", "status"]) == 0
+    said = "Of 5 machines that have waited, 2 were used, and 3 dropped (memory 2, killed 1); 7 starts found none.\n"
+    assert said in capsys.readouterr().out
+    assert kata.main(["info", "--format", "json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    known = [facts[f"MachinesWaiting{name}"] for name in ("Made", "Taken", "Missed", "Dropped")]
+    assert known == [5, 2, 7, 3]
 
 
 @pytest.mark.parametrize(

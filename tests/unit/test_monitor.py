@@ -450,6 +450,9 @@ def test_a_scrape_has_all_sandboxes_and_the_monitor_itself(engines: Engines) -> 
         assert abs(found["kata_monitor_process_start_time_seconds"] - time.time()) < 300
         assert 10 << 20 < found["kata_monitor_process_resident_memory_bytes"] < 200 << 20
         assert found['kata_monitor_sandbox_series{sandbox_id="s1"}'] > 40
+        # No machine waits here, nor has one.
+        assert found["kata_monitor_pool_machines"] == found["kata_monitor_pool_made_total"] == 0
+        assert found['kata_monitor_pool_dropped_total{reason="memory"}'] == 0
         # The same in the format, and packed as, Prometheus asks for it.
         modern = one.get("/metrics", Accept=ACCEPT, Accept_Encoding="gzip")
         assert modern.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import Kata
+from pool_support import configured
 from waiting import until
 
 TOLD = (
@@ -20,9 +21,7 @@ TOLD = (
 
 
 def configure(kata: Kata, **keys: int) -> None:
-    path = kata.directory / "pool.toml"
-    path.write_text("[factory]\n" + "".join(f"{key} = {value}\n" for key, value in keys.items()))
-    kata.env["KATA_CONF_FILE"] = str(path)
+    kata.env["KATA_CONF_FILE"] = str(configured(kata.directory / "pool.toml", **keys))
 
 
 @pytest.fixture
@@ -106,7 +105,8 @@ def test_a_start_takes_the_machine_that_waits(pool: Kata, busybox_image: str) ->
     assert len(directories(kata)) == 1
     # Another configuration, environment or size: it is not used.
     configure(kata, vm_cache_number=1, vm_cache_least_free=63)
-    assert path_of(kata, busybox_image, "true")[0] == "start: template: none was waiting"
+    how = path_of(kata, busybox_image, "true")[0]
+    assert how == "start: template: none was waiting that is like it (1 of other kinds)"
     until(lambda: [other["pid"] for other in waiting(kata)] not in ([], [one["pid"]]), "the new one")
     until(lambda: not is_there(one["pid"]), "the end of the other")
     kata.env["KATA_TEMPLATES"] = "off"
@@ -170,7 +170,8 @@ def test_one_that_ends_while_it_waits(pool: Kata, busybox_image: str) -> None:
     one = one_waiting(kata)
     os.kill(one["pid"], signal.SIGSTOP)
     try:
-        assert path_of(kata, busybox_image, "true")[0] == "start: template: none was waiting"
+        how = path_of(kata, busybox_image, "true")[0]
+        assert how == "start: template: the one that waited did not answer"
     finally:
         os.kill(one["pid"], signal.SIGCONT)
     until(lambda: not is_there(one["pid"]), "its end")
@@ -194,4 +195,11 @@ def test_one_that_ends_while_it_waits(pool: Kata, busybox_image: str) -> None:
     path_of(kata, busybox_image, "true")
     time.sleep(2)
     assert waiting(kata) == []
+    # What has become of each is counted.
+    status = json.loads(kata.ok("factory", "status", "--json"))
+    dropped = {reason: times for reason, times in status["pool_dropped"].items() if times}
+    assert dropped == {"killed": 1, "machine": 1, "silent": 1, "unfit": 1, "template": 1}
+    counts = status["pool"]
+    assert (counts["taken"], counts["made"]) == (0, 5)
+    assert counts["missed"] >= 5
     kata.ok("factory", "destroy")

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import Kata
 from containerd_support import Containerd, clean, running
+from pool_support import Pool, switched_on
 from test_pool import configure, directories, is_there, one_waiting
 from waiting import until
-
-from kata.engine.client import EngineClient
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -78,52 +75,33 @@ def test_a_network_and_volumes(kata_env: Kata, busybox_image: str, tmp_path: Pat
 
 @pytest.fixture
 def daemon(
-    run_directory: Path,
-    guest_assets: Path,
-    busybox_image: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    run_directory: Path, guest_assets: Path, busybox_image: str, tmp_path: Path
 ) -> Iterator[Containerd]:
-    path = tmp_path / "pool.toml"
-    path.write_text("[factory]\nvm_cache_number = 1\nvm_cache_least_free = 64\n")
-    monkeypatch.setenv("KATA_CONF_FILE", str(path))
-    monkeypatch.setenv("KATA_TEMPLATES", "on")
-    with running(run_directory, guest_assets, busybox_image) as one:
+    with (
+        switched_on(tmp_path / "pool.toml"),
+        running(run_directory, guest_assets, busybox_image) as one,
+    ):
         try:
             yield one
         finally:
             try:
                 clean(one)
             finally:
-                one.kata("factory", "destroy")
+                pool_of(one).end()
 
 
-def start_path(daemon: Containerd, sandbox: str) -> str:
-    """By which path a sandbox's machine started, with the reason for that."""
-    with EngineClient(str(daemon.run_dir / "sandboxes" / sandbox / "engine.sock")) as engine:
-        found = engine.timings()
-    return f"{found.path}: {found.reason}".removesuffix(": ")
-
-
-def those_waiting(daemon: Containerd) -> list[int]:
-    done = subprocess.run(
-        [str(Path(__file__).parents[2] / "src/kata/__main__.py"), "factory", "status", "--json"],
-        env=daemon.env,
-        capture_output=True,
-        check=True,
-    )
-    return [one["pid"] for one in json.loads(done.stdout)["waiting"]]
+def pool_of(daemon: Containerd) -> Pool:
+    return Pool(daemon.run_dir, daemon.env)
 
 
 def fill(daemon: Containerd) -> int:
     """Have one wait; its process."""
-    began = time.monotonic()
-    while not those_waiting(daemon):
-        assert time.monotonic() < began + 90, daemon.diagnosis()
+
+    def start() -> None:
         daemon.run("filler", "true")
         until(lambda: not daemon.sandboxes(), "its end")
-        time.sleep(1)
-    return those_waiting(daemon)[0]
+
+    return pool_of(daemon).filled(start, daemon.diagnosis)
 
 
 def test_containers_of_containerd(daemon: Containerd) -> None:
@@ -132,7 +110,7 @@ def test_containers_of_containerd(daemon: Containerd) -> None:
     engine = fill(daemon)
     daemon.detached("ab", "sh", "-c", "echo in the guest >/made; sleep 1000")
     assert daemon.engine_pid("default.ab") == engine
-    assert start_path(daemon, "default.ab") == "pool"
+    assert pool_of(daemon).path_of("default.ab") == "pool"
     upper = Path(
         daemon.ok("snapshot", "mounts", "/nowhere", "ab")
         .partition("upperdir=")[2]
@@ -172,7 +150,7 @@ def test_containers_of_containerd(daemon: Containerd) -> None:
         namespace = f"network:/run/netns/{name}"
         daemon.detached("ab", "sleep", "1000", options=("--with-ns", namespace))
         assert daemon.engine_pid("default.ab") == engine
-        assert start_path(daemon, "default.ab") == "pool"
+        assert pool_of(daemon).path_of("default.ab") == "pool"
         pid = daemon.tasks()["ab"][0]
         assert os.stat(f"/proc/{pid}/ns/net").st_ino == os.stat(f"/run/netns/{name}").st_ino
         seen = daemon.ok("task", "exec", "--exec-id", "x", "ab", "ip", "-o", "addr", "show", "eth0")

@@ -178,6 +178,7 @@ SANDBOX: Mapping[str, Any] = {
     "all_disk_slots": VALUE, "hostname": VALUE, "resolv_conf": COUNT, "sysctls": NAMES, "cgroups_path": VALUE,
     "oom_score_adj": VALUE, "notes": VALUE, "request_started_ns": VALUE, "launched_ns": VALUE,
     "not_forked": VALUE,
+    "not_taken": VALUE,
 }  # fmt: skip
 """Of ``sandbox.json`` (`kata.settings`)."""
 

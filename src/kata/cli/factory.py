@@ -136,12 +136,12 @@ def _status(arguments: Arguments) -> int:
     from kata import paths
     from kata.config import files
     from kata.engine import parent_client
-    from kata.engine.factory import maker, pool, template
+    from kata.engine.factory import maker, pool, pool_counts, template
 
     conf = files.load()
     root = directory(conf)
     mode = template.mode_of(enabled=conf.get("factory.enable_template", True))
-    found, waiting = maker.listed(root), pool.listed()
+    found, waiting, counts = maker.listed(root), pool.listed(), pool_counts.read()
     failed = maker.failures(root)
     parents = parent_client.listed(paths.run_dir())
     if arguments.flag("json"):
@@ -151,6 +151,8 @@ def _status(arguments: Arguments) -> int:
                 "mode": mode,
                 "templates": found,
                 "waiting": waiting,
+                "pool": {name: counts[name] for name in pool_counts.TOTALS},
+                "pool_dropped": pool_counts.by_reason(counts),
                 "failures": [{"key": key, "reason": reason} for key, reason in failed],
                 "engine_parents": parents,
             }
@@ -167,6 +169,8 @@ def _status(arguments: Arguments) -> int:
     if waiting:
         print(f"{len(waiting)} machines wait for sandboxes (vm_cache_number):")
         table.show(["PID", "MACHINE PID", "MEMORY", "SINCE"], [_waiting_row(one) for one in waiting])
+    if any(counts.values()):
+        print(_counted(counts))
     for key, reason in failed:
         print(f"{key} could not be made: {table.printable(reason)}")
     for one in parents:
@@ -184,6 +188,19 @@ def _row(one: dict[str, Any]) -> list[str]:
 def _waiting_row(one: dict[str, Any]) -> list[str]:
     since = table.lapse(time.time() - one["since"])
     return [str(one["pid"]), str(one["machine_pid"]), table.human_size(one["bytes"]), since]
+
+
+def _counted(counts: dict[str, int]) -> str:
+    """What has become of the machines that waited, since the host booted."""
+    from kata.engine.factory import pool_counts
+
+    dropped = {reason: number for reason, number in pool_counts.by_reason(counts).items() if number}
+    why = f" ({', '.join(f'{reason} {number}' for reason, number in dropped.items())})" if dropped else ""
+    made, taken, missed = (counts[name] for name in pool_counts.TOTALS)
+    return (
+        f"Of {made} machines that have waited, {taken} were used, and {sum(dropped.values())} dropped{why};"
+        f" {missed} starts found none."
+    )
 
 
 def _destroy(_arguments: Arguments) -> int:

@@ -526,9 +526,11 @@ def _gc(arguments: Arguments) -> int:
     from kata import journal_undo
     from kata.cli import image, records
     from kata.engine import oci_records
+    from kata.engine.factory import pool
     from kata.images import changes
     from kata.storage import ext4, layer_images
 
+    pool.count_killed()
     report = journal_undo.reconcile(paths.run_dir(), paths.state_dir())
     stale = [*records.clear_stale(), *oci_records.sweep()]
     removed = changes.gc(list(image.users()))

@@ -264,10 +264,10 @@ def _info(arguments: Arguments) -> int:
     import platform
 
     import kata
-    from kata.engine.factory import pool
+    from kata.engine.factory import pool, pool_counts
     from kata.hypervisor import kvmprobe
 
-    waiting = pool.listed()
+    waiting, counts = pool.listed(), pool_counts.read()
     states = [container.state()["status"] for container in records.all_containers()]
     facts: dict[str, Any] = {
         "Containers": len(states),
@@ -291,6 +291,10 @@ def _info(arguments: Arguments) -> int:
         "KVM": kvmprobe.probe().works,
         "MachinesWaiting": len(waiting),
         "MachinesWaitingMemory": sum(one["bytes"] for one in waiting),
+        "MachinesWaitingMade": counts[pool_counts.MADE],
+        "MachinesWaitingTaken": counts[pool_counts.TAKEN],
+        "MachinesWaitingMissed": counts[pool_counts.MISSED],
+        "MachinesWaitingDropped": sum(pool_counts.by_reason(counts).values()),
     }
     form = arguments.value("format")
     if form == "json":

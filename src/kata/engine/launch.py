@@ -314,7 +314,8 @@ def _take_waiting(
 
     if pool.why_not(settings):
         return 0
-    pid = pool.take(pool.wanted(settings, plain), environment(), plain, directory, fds[:_OWN_FDS])
+    needs = pool.wanted(settings, plain)
+    pid, plain["not_taken"] = pool.take(needs, environment(), plain, directory, fds[:_OWN_FDS])
     if pid:
         _transfer_ownership(journal, pid)
     return pid

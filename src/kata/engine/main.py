@@ -99,6 +99,8 @@ async def serve_with(run_dir: str, plain: dict[str, Any], waiting: Waiting, ente
     import asyncio
     from concurrent.futures import ThreadPoolExecutor
 
+    from kata.engine.factory import pool_counts
+
     lease = Lease()
     failed: KataError | None = None
     machine = boot.Machine()
@@ -121,6 +123,8 @@ async def serve_with(run_dir: str, plain: dict[str, Any], waiting: Waiting, ente
         failed = error  # the Create call reports it
         waiting.discard()
     waiting.release()
+    used = machine.waiting is not None
+    pool_counts.count(pool_counts.TAKEN if used else pool_counts.dropped(pool_counts.UNFIT))
     # From here on there may be threads, which have the namespaces that this one has now.
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor())
     await _serve(

@@ -211,6 +211,13 @@ kata_pod_network_transmit_packets_total counter interface Packets that the pod h
 """,
     "monitor": """
 kata_monitor_build_info gauge version The monitor's version; always 1.
+kata_monitor_pool_dropped_total counter reason Machines of the warm pool that no sandbox came to use, since the host
+  booted: for want of memory, because their template was gone, and so on (docs/templates.md).
+kata_monitor_pool_machines gauge - Machines that wait for sandboxes.
+kata_monitor_pool_made_total counter - Machines that have come to wait, since the host booted.
+kata_monitor_pool_memory_bytes gauge - Host memory of machines that wait, with their engines, in bytes.
+kata_monitor_pool_missed_total counter - Starts that could have used a machine that waits, and found none.
+kata_monitor_pool_taken_total counter - Machines that have waited, and were used by a start.
 kata_monitor_process_cpu_seconds_total counter - Processor time of the monitor in seconds.
 kata_monitor_process_max_fds gauge - Limit of open files of the monitor.
 kata_monitor_process_open_fds gauge - Open files of the monitor.

@@ -8,6 +8,7 @@ import platform
 import resource
 
 from kata import __version__
+from kata.engine.factory import pool, pool_counts
 from kata.metrics import procfs
 from kata.metrics.exposition import Family
 from kata.metrics.families import OF_MONITOR
@@ -56,7 +57,7 @@ class Figures:
             _single("build_info", 1, ("version", __version__)),
             self._durations(),
         ]
-        return [*found, *_of_sandboxes(outcomes), *_process(), *_python()]
+        return [*found, *_of_sandboxes(outcomes), *_pool(), *_process(), *_python()]
 
     def _durations(self) -> Family:
         name = "kata_monitor_scrape_durations_histogram_milliseconds"
@@ -91,6 +92,20 @@ def _of_sandboxes(outcomes: Sequence[Outcome]) -> Iterator[Family]:
             for labels, one in answered
             for reason, count in sorted(one.dropped.items())
         ],
+    )
+
+
+def _pool() -> Iterator[Family]:
+    """Machines that wait for sandboxes, and what has become of those that have."""
+    waiting, counts = pool.listed(), pool_counts.read()
+    yield _single("pool_machines", len(waiting))
+    yield _single("pool_memory_bytes", sum(one["bytes"] for one in waiting))
+    yield _single("pool_made_total", counts[pool_counts.MADE])
+    yield _single("pool_taken_total", counts[pool_counts.TAKEN])
+    yield _single("pool_missed_total", counts[pool_counts.MISSED])
+    reasons = pool_counts.by_reason(counts)
+    yield _family(
+        "pool_dropped_total", [([("reason", reason)], float(count)) for reason, count in reasons.items()]
     )
 
 

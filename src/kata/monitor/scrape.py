@@ -92,7 +92,9 @@ class Scraper:
             _note(outcome)
         whole = merge.Merged(given, self._types)  # before the next lines: it counts what it leaves out
         self._figures.scraped(time.monotonic() - started)
-        own = merge.contribution(self._figures.families(outcomes), (), 1 << 20, wanted, own=True)
+        # Memory of machines that wait takes the kernel a moment each.
+        families = await asyncio.to_thread(self._figures.families, outcomes)
+        own = merge.contribution(families, (), 1 << 20, wanted, own=True)
         whole.add(own)
         return whole
 

@@ -20,6 +20,7 @@ import marshal
 import os
 
 from kata import __version__, launcher, paths, sysio
+from kata.engine.factory import pool_counts
 from kata.engine.factory.template import hashed
 from kata.errors import JournalError
 from kata.journal import FILE_NAME
@@ -49,6 +50,8 @@ _LIMITS = 16
 """``RLIM_NLIMITS`` of ``asm-generic/resource.h``."""
 _VARIES = frozenset({"TRACEPARENT"})
 """Variables that are handed over."""
+NONE = "none was waiting"
+"""Why a start has none, where there was none at all."""
 PLACEHOLDERS = 6
 """Descriptors that whoever waits keeps free: for those of an engine."""
 
@@ -133,7 +136,7 @@ def take(
     plain: Mapping[str, Any],
     place: str,
     fds: Sequence[int],
-) -> int:
+) -> tuple[int, str]:
     """Have one that waits become the engine of a sandbox.
 
     Args:
@@ -144,22 +147,38 @@ def take(
         fds: What an engine has as descriptors 0, 1 and so on, but for its settings.
 
     Returns:
-        Its process; 0 if there is none to be had.
+        Its process, and 0 with the reason, as a clause, if there is none to be had.
     """
     base = directory()
+    names = _names(base)
+    if not names:
+        return 0, NONE
     try:
         prefix = name_of(needs, environment, os.nice(0))
-        names = [name for name in os.listdir(base) if name.startswith(prefix)]
-    except OSError:
-        return 0
-    for name in names[:MOST]:
+    except OSError as error:
+        return 0, f"{error.filename} cannot be looked at: {error.strerror}"
+    reason = ""
+    for name in [name for name in names if name.startswith(prefix)][:MOST]:
         try:
             pid = _take(os.path.join(base, name, SOCKET_NAME), environment, plain, place, fds)
+        except TimeoutError:
+            reason = "the one that waited did not answer"
+            continue
         except OSError:
-            continue  # it is somebody else's by now, has ended, or does not answer
+            continue  # it is somebody else's by now, or has ended
         if pid:
-            return pid
-    return 0
+            return pid, ""
+    return 0, reason or _others(base, names, prefix)
+
+
+def _others(base: str, names: Sequence[str], prefix: str) -> str:
+    """Why there is none, as a clause, when none of these names begins so."""
+    others = sum(
+        os.path.exists(os.path.join(base, name, SOCKET_NAME))
+        for name in names
+        if not name.startswith(prefix)
+    )
+    return f"none was waiting that is like it ({others} of other kinds)" if others else NONE
 
 
 def _take(
@@ -277,11 +296,7 @@ def listed() -> list[dict[str, Any]]:
         ``bytes`` (what these and a file server take of the host's memory: proportional set size, and swap).
     """
     base, found = directory(), []
-    try:
-        names = sorted(os.listdir(base))
-    except OSError:
-        return []
-    for name in names:
+    for name in _names(base):
         path = os.path.join(base, name)
         try:
             since = os.stat(os.path.join(path, SOCKET_NAME)).st_mtime
@@ -293,6 +308,27 @@ def listed() -> list[dict[str, Any]]:
             machine = others[0] if others else 0
             found.append({"name": name, "pid": pid, "machine_pid": machine, "since": since, "bytes": taken})
     return found
+
+
+def count_killed() -> None:
+    """Count those who were killed while they waited; before what they have left is undone."""
+    base, killed = directory(), 0
+    for name in _names(base):
+        path = os.path.join(base, name)
+        try:
+            os.stat(os.path.join(path, SOCKET_NAME))  # who is taken, or ends, takes it away first
+            killed += not _processes(path)[0]
+        except (OSError, JournalError):
+            continue
+    if killed:
+        pool_counts.count(pool_counts.dropped(pool_counts.KILLED), killed)
+
+
+def _names(base: str) -> list[str]:
+    try:
+        return sorted(os.listdir(base))
+    except OSError:
+        return []
 
 
 def _processes(path: str) -> tuple[int, list[int]]:

@@ -17,7 +17,7 @@ import os
 import time
 
 from kata import paths, sysio
-from kata.engine.factory import pool
+from kata.engine.factory import host_memory, pool, pool_counts
 from kata.engine.factory import template as templates
 from kata.engine.factory.waiting_machine import END_S, Surroundings, Waiting
 from kata.engine.launch import LIFETIME_FD, LISTEN_FD
@@ -26,6 +26,7 @@ from kata.journal import Journal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from concurrent.futures import ThreadPoolExecutor
     from typing import Any
 
@@ -37,32 +38,8 @@ if TYPE_CHECKING:
 LOOK_S = 2.0
 """How often it looks whether it is to go on waiting."""
 READY_S = 60.0
-MOST_PRESSURE = 20.0
-"""Percent of the last ten seconds in which something on the host waited for memory (PSI, the kernel's
-``Documentation/accounting/psi.rst``): with more, nothing waits."""
 _LARGEST_ORDER = 4 << 20
 _RIGHTS = 6
-
-
-def is_short_of_memory(free_mib: int) -> str:
-    """Why nothing should wait now, as a clause; empty if something may.
-
-    Args:
-        free_mib: MiB that have to be available.
-    """
-    try:
-        with open("/proc/meminfo", "rb") as file:
-            available = next(int(line.split()[1]) for line in file if line.startswith(b"MemAvailable:"))
-    except (OSError, StopIteration, ValueError):
-        return "how much memory is available is not known"
-    if available >> 10 < free_mib:
-        return f"{available >> 10} MiB are available, and {free_mib} have to be"
-    try:
-        with open("/proc/pressure/memory", "rb") as file:
-            pressure = float(file.readline().split(b"avg10=")[1].split()[0])
-    except (OSError, IndexError, ValueError):
-        return ""  # this kernel does not say
-    return f"memory is short (some avg10={pressure:g})" if pressure > MOST_PRESSURE else ""
 
 
 def main() -> int:
@@ -84,19 +61,24 @@ def main() -> int:
     from kata import journal_undo
 
     base = pool.directory()
+    pool.count_killed()
     journal_undo.reconcile_sandboxes(base, paths.POOL)
     prefix = pool.name_of(needs, os.environ, nice)
-    if not _has_room(prefix, most) or is_short_of_memory(free_mib):
+    cgroups = host_memory.cgroups()
+    if host_memory.shortage(free_mib, cgroups) or not _has_room(prefix, most):
         return 0
     from kata.hypervisor import registry
     from kata.hypervisor.base import MachineShape
 
     monitor = registry.find(name)
     wanted = templates.Template(root, key)
-    one = Keeper(wanted, monitor, MachineShape(**plain), free_mib, before)
+    one = Keeper(
+        wanted, monitor, MachineShape(**plain), lambda: host_memory.shortage(free_mib, cgroups), before
+    )
     try:
         one.start(f"{prefix}-{os.getpid()}", file_server)
     except (KataError, OSError):
+        pool_counts.count(pool_counts.dropped(pool_counts.FAILED))
         one.end()
         return 1
 
@@ -168,23 +150,30 @@ class Keeper:
         template: Its template.
         monitor: Its hypervisor.
         shape: What it is.
-        free_mib: MiB that have to be available, so that it goes on waiting.
+        shortage: Says why nothing should wait now; empty if something may.
         oom_score: That of an engine.
 
     Attributes:
+        why: Why it ends, if nobody takes it: one of `kata.engine.factory.pool_counts.REASONS`.
         shape: As given.
         around: What the machine has beside its monitor.
     """
 
     def __init__(
-        self, template: Template, monitor: Monitor, shape: MachineShape, free_mib: int, oom_score: str
+        self,
+        template: Template,
+        monitor: Monitor,
+        shape: MachineShape,
+        shortage: Callable[[], str],
+        oom_score: str,
     ) -> None:
+        self.why = pool_counts.FAILED
         self._oom_score = oom_score
         self.shape = shape
         self.around = Surroundings()
         self._template = template
         self._monitor = monitor
-        self._free_mib = free_mib
+        self._shortage = shortage
         self._capabilities: Capabilities | None = None
         self._journal: Journal | None = None
         self._started: Started | None = None
@@ -293,12 +282,14 @@ class Keeper:
             for pid in (os.getpid(), self._started.pid, *self.around.helpers()):
                 _prioritize(pid, nice)
             self._listen()
+            pool_counts.count(pool_counts.MADE)
             on_ready()
             order = await self._wait(vm, threads)
         except (KataError, OSError, TimeoutError):
             pass
         finally:
             if order is None:
+                pool_counts.count(pool_counts.dropped(self.why))
                 await vm.stop()
                 vm.close()
                 self.end()
@@ -338,7 +329,7 @@ class Keeper:
         self._journal.commit(entry)
 
     async def _wait(self, vm: Machine, threads: ThreadPoolExecutor) -> _Order | None:
-        """Return what the first has handed over who connects; None when it is to end."""
+        """Return what the first has handed over who connects; None when it is to end (`why`)."""
         import asyncio
         from concurrent.futures import ThreadPoolExecutor
 
@@ -352,7 +343,10 @@ class Keeper:
                 waits = asyncio.ensure_future(came.wait())
                 await asyncio.wait({waits, ended}, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
                 waits.cancel()
-                if ended.done() or self.around.have_ended() or (not came.is_set() and self._is_over()):
+                if ended.done() or self.around.have_ended():
+                    self.why = pool_counts.MACHINE
+                    return None
+                if not came.is_set() and self._is_over():
                     return None
         finally:
             loop.remove_reader(self._listener.fileno())
@@ -362,10 +356,13 @@ class Keeper:
         self._listener = None
         os.unlink(os.path.join(self._place, pool.SOCKET_NAME))
         self._asked = sock = _socket.socket(fileno=number)
+        self.why = pool_counts.SILENT
         order = _Order()
         try:
             sock.settimeout(pool.PATIENCE_S)
             if not order.receive(sock):
+                if order.word == pool.END:
+                    self.why = pool_counts.TOLD
                 return None
             threads.shutdown()  # no other thread, for the change of namespaces
             loop.set_default_executor(_inline())
@@ -379,8 +376,11 @@ class Keeper:
         return None
 
     def _is_over(self) -> bool:
-        if is_short_of_memory(self._free_mib):
+        """Whether it is to wait no more: then that is `why`."""
+        if self._shortage():
+            self.why = pool_counts.MEMORY
             return True
+        self.why = pool_counts.TEMPLATE
         try:
             os.stat(os.path.join(self._template.path, templates.WHOLE))
             os.stat(os.path.join(self._place, pool.SOCKET_NAME))
@@ -392,9 +392,10 @@ class Keeper:
 class _Order:
     """What a launcher hands over."""
 
-    __slots__ = ("environment", "fds", "place", "plain")
+    __slots__ = ("environment", "fds", "place", "plain", "word")
 
     def __init__(self) -> None:
+        self.word = b""
         self.fds: list[int] = []
         self.place = ""
         self.environment: dict[str, str] = {}
@@ -402,13 +403,15 @@ class _Order:
 
     def receive(self, sock: _socket.socket) -> bool:
         """Take it in. Returns whether it is one; otherwise this process is to end."""
-        word, messages, _, _ = sock.recvmsg(16, _socket.CMSG_SPACE(4 * _RIGHTS), _socket.MSG_CMSG_CLOEXEC)
+        self.word, messages, _, _ = sock.recvmsg(
+            16, _socket.CMSG_SPACE(4 * _RIGHTS), _socket.MSG_CMSG_CLOEXEC
+        )
         for level, kind, data in messages:
             if (level, kind) == (_socket.SOL_SOCKET, _socket.SCM_RIGHTS):
                 self.fds += [
                     int.from_bytes(data[at : at + 4], "little") for at in range(0, len(data) - 3, 4)
                 ]
-        if word != pool.TAKE or len(self.fds) != _RIGHTS:
+        if self.word != pool.TAKE or len(self.fds) != _RIGHTS:
             self.close()
             return False
         with open(self.fds.pop(), "rb") as file:

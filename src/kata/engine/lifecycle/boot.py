@@ -634,7 +634,7 @@ class Boot:
         hypervisor = self._described.hypervisor
         if not hypervisor.pool:
             return ""
-        from kata.engine.factory import pool
+        from kata.engine.factory import pool, pool_counts
 
         if not self.capabilities.waits:
             return f"machines of {self.monitor.title} do not wait for sandboxes"
@@ -645,12 +645,19 @@ class Boot:
         if reason:
             return reason
         needs = pool.wanted(self._settings, self._settings.to_plain())
-        self.machine.fill_pool = lambda: pool.fill(
-            *(needs, template, self.monitor, shape, hypervisor.pool, hypervisor.pool_free_mib),
-            self.machine.leave_sandbox,
-            file_server=(files.program, files.cache) if files is not None else None,
-        )
-        return "none was waiting"
+        missed = self._waiting is None and not self._unfit
+
+        def fill() -> None:
+            if missed:
+                pool_counts.count(pool_counts.MISSED)
+            pool.fill(
+                *(needs, template, self.monitor, shape, hypervisor.pool, hypervisor.pool_free_mib),
+                self.machine.leave_sandbox,
+                file_server=(files.program, files.cache) if files is not None else None,
+            )
+
+        self.machine.fill_pool = fill
+        return self._settings.not_taken or pool.NONE
 
     def join_cgroup(self) -> None:
         """Put machine and engine into cgroups of their own: after the start, since it takes the host a while, and
