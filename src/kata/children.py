@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from kata.journal import Entry, Journal
 
 ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
+LOWEST = 19
+"""The lowest priority, as a nice value."""
+SESSION = 5
+"""That of a session which lets others go first: a third of what they get."""
 _STAGES = ("set up", "execute")
 
 
@@ -427,6 +431,30 @@ def in_background(
         finally:
             os._exit(0)
     os.waitpid(child, 0)
+
+
+def let_others_go_first() -> None:
+    """Have this process run when nothing else wants to. For what `in_background` calls first.
+
+    Where the scheduler puts each session into a group of its own (autogroup, sched(7)), a priority counts within the
+    session alone, and the session has one as well: not the lowest, with which it would never get done on a busy host.
+    """
+    os.nice(LOWEST)
+    set_session_priority("self", SESSION)
+
+
+def set_session_priority(process: str, nice: int) -> None:
+    """Give a process's session a priority, where sessions have one.
+
+    Args:
+        process: Its name in /proc: a pid or ``self``.
+        nice: From -20 to 19.
+    """
+    try:
+        with open(f"/proc/{process}/autogroup", "w", encoding="ascii") as file:
+            file.write(str(nice))
+    except OSError:
+        pass  # this kernel has no such groups, or refuses to change one twice in a moment
 
 
 def _exec_child(

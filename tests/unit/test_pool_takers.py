@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from kata import sysio
+from kata import children, sysio
 from kata.cli import session
 from kata.engine.factory import pool, pool_counts
+from kata.engine.lifecycle import boot_slots
 from kata.journal import Journal
 from kata.settings import (
     DiskSettings,
@@ -303,3 +304,40 @@ def test_those_who_were_killed_while_they_waited_are_counted() -> None:
     pool.count_killed()
     counts = pool_counts.read()
     assert (counts[pool_counts.dropped(pool_counts.KILLED)], sum(counts.values())) == (1, 1)
+
+
+# ---- when it is filled ----
+
+
+def test_who_fills_lets_starts_go_first() -> None:
+    boot_slots.wait_for_calm(0)
+    slots = [boot_slots.BootSlot(print, 2) for _ in range(2)]
+    slots[0].end()
+    ended = threading.Timer(0.3, slots[1].end)
+    ended.start()
+    try:
+        boot_slots.wait_for_calm(60, 2)
+        assert not slots[1].is_held
+        # Nor do they wait for ever.
+        slots.append(boot_slots.BootSlot(print, 2))
+        boot_slots.wait_for_calm(0.2, 2)
+        assert slots[2].is_held
+    finally:
+        ended.join()
+        for slot in slots:
+            slot.end()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/autogroup"), reason="this kernel has no autogroups")
+def test_a_session_lets_others_go_first() -> None:
+    """Where each session is a group of the scheduler's own, a process's priority counts only within it."""
+    code = (
+        "import os, sys; sys.path.insert(0, sys.argv[1])\n"
+        "from kata import children\n"
+        "os.setsid(); children.let_others_go_first()\n"
+        "print(os.nice(0), open('/proc/self/autogroup').read().split()[-1])\n"
+        "children.set_session_priority('self', 0)\n"
+        "print(open('/proc/self/autogroup').read().split()[-1])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, SOURCE], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(children.LOWEST), str(children.SESSION), "0"]

@@ -87,7 +87,7 @@ def _launch(
 
     def prepare() -> None:
         leave()
-        os.nice(19)
+        os.nice(children.LOWEST)
 
     with sysio.Fd(read), sysio.Fd(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) as null:
         children.in_background(argv, os.environ, (read, null.raw, null.raw, lock), prepare)

@@ -266,7 +266,7 @@ def fill(
 
     def prepare() -> None:
         leave()
-        os.nice(19)
+        children.let_others_go_first()
 
     with sysio.Fd(orders), sysio.Fd(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) as null:
         children.in_background(argv, os.environ, (*(null.raw,) * PLACEHOLDERS, orders), prepare)

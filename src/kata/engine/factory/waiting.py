@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 LOOK_S = 2.0
 """How often it looks whether it is to go on waiting."""
 READY_S = 60.0
+CALM_S = 30.0
+"""How long it lets starts go first, before it makes a machine all the same."""
 _LARGEST_ORDER = 4 << 20
 _RIGHTS = 6
 
@@ -59,7 +61,9 @@ def main() -> int:
     if lock is None:
         return 0
     from kata import journal_undo
+    from kata.engine.lifecycle import boot_slots
 
+    boot_slots.wait_for_calm(CALM_S)
     base = pool.directory()
     pool.count_killed()
     journal_undo.reconcile_sandboxes(base, paths.POOL)
@@ -266,6 +270,7 @@ class Keeper:
 
         assert self._journal is not None
         assert self._started is not None
+        from kata import children
         from kata.engine.factory import warm_up
 
         loop = asyncio.get_running_loop()
@@ -279,6 +284,7 @@ class Keeper:
             await warm_up.run(agent, self._started.share_tag if self.around.share is not None else "")
             await agent.reseed(os.urandom(512))
             # There is little to do from here on; and then, who has asked waits.
+            children.set_session_priority("self", 0)
             for pid in (os.getpid(), self._started.pid, *self.around.helpers()):
                 _prioritize(pid, nice)
             self._listen()

@@ -28,6 +28,8 @@ PATIENCE_S = 300.0
 """Then a machine boots without a slot: if somebody keeps theirs, rather slowly than never."""
 POLL_S = 0.002
 """How often (in seconds) the first in line looks for a free slot; a machine from a template needs it for 50 ms."""
+LOOK_S = 0.1
+"""How often somebody looks again who lets all boots go first."""
 _LINE = "line"
 
 
@@ -68,6 +70,32 @@ class BootSlot:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+
+def wait_for_calm(patience_s: float, most: int = 0) -> None:
+    """Return when no machine boots, or that has lasted too long. Blocks.
+
+    Args:
+        patience_s: How long that may take.
+        most: As of `BootSlot`.
+    """
+    directory = os.path.join(paths.run_dir(), DIRECTORY)
+    most = most or len(os.sched_getaffinity(0)) + 1
+    until = time.monotonic() + patience_s
+    while time.monotonic() < until and any(_is_held(directory, str(number)) for number in range(most)):
+        time.sleep(LOOK_S)
+
+
+def _is_held(directory: str, name: str) -> bool:
+    try:
+        with Fd(os.open(os.path.join(directory, name), os.O_RDONLY | os.O_CLOEXEC)) as file:
+            # For a moment nobody else can have it: who wants it then finds it as the first in line.
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass  # nobody has ever had it
+    return False
 
 
 def _any(directory: str, most: int) -> Fd | None:
