@@ -11,7 +11,7 @@ from engine_double import Engine, engine, make, process
 from waiting import until
 
 from kata.engine.containers import host_process
-from kata.errors import NotFoundError
+from kata.errors import KataError, NotFoundError
 from kata.oci_runtime import standing
 
 __all__ = ["engine", "make"]
@@ -96,6 +96,30 @@ def test_the_streams_of_an_exec_that_nobody_will_start_are_let_go_of(
         with pytest.raises(NotFoundError):
             client.start("c1", "e")
         assert client.state("c1").status == RUNNING
+
+
+def test_the_streams_of_what_is_refused_are_let_go_of(
+    engine: Engine, start: Callable[..., standing.Standing]
+) -> None:
+    """Of an exec in a container that is paused, and of a container whose id is taken."""
+
+    def refused(call: Callable[[str], object]) -> None:
+        reading, writing = os.pipe()
+        one = start(writing)
+        os.close(writing)
+        with open(reading, "rb") as output:
+            with pytest.raises(KataError):
+                call(f"handover://{one.path}")
+            one.abandon()
+            assert ended(one.pid) == -9
+            assert output.read() == b""
+
+    with engine.client() as client:
+        client.create("c1", engine.bundle("sleep"))
+        client.start("c1")
+        refused(lambda stdin: client.create("c1", engine.bundle("sleep"), stdin=stdin))
+        client.pause("c1")
+        refused(lambda stdin: client.exec("c1", "e", process("true"), stdin=stdin))
 
 
 def test_an_exec_that_has_ended_is_forgotten(

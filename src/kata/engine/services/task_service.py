@@ -106,6 +106,13 @@ def _read_config(bundle: str) -> dict[str, Any]:
     return _json_object(raw, path)
 
 
+def _let_go(stdio: Stdio) -> None:
+    """Let go of the streams of a process that there will not be: their other ends may be waited for, by conmon."""
+    stdio.close()
+    if stdio.host_process is not None:
+        stdio.host_process.close()
+
+
 class TaskService:
     """The handlers.
 
@@ -127,28 +134,37 @@ class TaskService:
             )
         config = await self._sandbox.tasks.run_blocking(_read_config, request.bundle)
         stdio = await self._stdio(request)
-        root = None
-        if stdio.host_process is not None and self._sandbox.containers:
-            from kata.engine.containers.host_process import as_member
-
-            as_member(config, self._sandbox.id)
-        if self._sandbox.client.foreign_specs:
-            refuse_foreign(config)
-            sysctls = self._sandbox.settings.sysctls
-            if sysctls:  # of a pod that has no container of its own to set them
-                linux = config.setdefault("linux", {})
-                linux["sysctl"] = {**sysctls, **(linux.get("sysctl") or {})}
-            root = self._host_root(request, config)
         try:
+            root = self._prepare(request, config, stdio)
             container = await self._sandbox.create(request.id, request.bundle, config, stdio, root)
         except BaseException:
-            if stdio.host_process is not None:
-                stdio.host_process.close()
+            _let_go(stdio)
             if not self._sandbox.containers:
                 await self._give_up()
             raise
         container.serve_host_process("")
         return task_pb.CreateTaskResponse(pid=container.init.pid)
+
+    def _prepare(
+        self, request: task_pb.CreateTaskRequest, config: dict[str, Any], stdio: Stdio
+    ) -> HostRoot | None:
+        """Change a specification as its client needs it; the root directory, where that is one of the host's.
+
+        Raises:
+            KataError: It asks for what there is not in a guest.
+        """
+        if stdio.host_process is not None and self._sandbox.containers:
+            from kata.engine.containers.host_process import as_member
+
+            as_member(config, self._sandbox.id)
+        if not self._sandbox.client.foreign_specs:
+            return None
+        refuse_foreign(config)
+        sysctls = self._sandbox.settings.sysctls
+        if sysctls:  # of a pod that has no container of its own to set them
+            linux = config.setdefault("linux", {})
+            linux["sysctl"] = {**sysctls, **(linux.get("sysctl") or {})}
+        return self._host_root(request, config)
 
     async def _stdio(self, request: task_pb.CreateTaskRequest | task_pb.ExecProcessRequest) -> Stdio:
         """The streams of a process: what the client names, or what a process of the host hands over.
@@ -215,8 +231,7 @@ class TaskService:
         try:
             container.add_exec(request.exec_id, stdio, config)
         except BaseException:
-            if stdio.host_process is not None:
-                stdio.host_process.close()
+            _let_go(stdio)
             raise
         container.serve_host_process(request.exec_id)
         return google_pb.Empty()
