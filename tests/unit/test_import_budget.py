@@ -186,6 +186,10 @@ def test_what_podman_asks_an_oci_runtime_costs_few_modules() -> None:
     assert of_python.difference(sys.builtin_module_names) <= OF_OS
 
 
+def test_a_signal_by_its_name_costs_no_enumerations() -> None:
+    assert not loaded_by("kata.cli.signals") & {"signal", "enum", "re", "types"}
+
+
 def test_a_container_is_removed_without_ctypes() -> None:
     assert not loaded_by("kata.sysio") & {"ctypes", "_ctypes", "struct"}
 

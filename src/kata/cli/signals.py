@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import signal
+import _signal  # type: ignore[import-not-found]  # `signal` makes enumerations, for 3 ms of every `kill`
 
 from kata.errors import UsageError
+
+_FIRST_REAL_TIME, _LAST_REAL_TIME = int(_signal.SIGRTMIN), int(_signal.SIGRTMAX)
 
 
 def name_of(value: int) -> str:
     """A signal's name: ``SIGTERM``."""
+    import signal
+
     return signal.Signals(value).name
 
 
@@ -21,20 +25,20 @@ def number(text: str) -> int:
     name = text.strip().upper().removeprefix("SIG")
     if name.isdigit():
         value = int(name)
-        if 1 <= value <= signal.SIGRTMAX:
+        if 1 <= value <= _LAST_REAL_TIME:
             return value
     base, sign, offset = name.partition("+") if "+" in name else name.partition("-")
     if base in ("RTMIN", "RTMAX"):
-        value = int(signal.SIGRTMIN if base == "RTMIN" else signal.SIGRTMAX)
+        value = _FIRST_REAL_TIME if base == "RTMIN" else _LAST_REAL_TIME
         if offset.isdigit():
             value += int(offset) if sign == "+" else -int(offset)
-        if signal.SIGRTMIN <= value <= signal.SIGRTMAX:
+        if _FIRST_REAL_TIME <= value <= _LAST_REAL_TIME:
             return value
-    elif f"SIG{name}" in signal.Signals.__members__:
-        return int(signal.Signals[f"SIG{name}"])
+    elif name.isalnum() and f"SIG{name}" in vars(_signal):  # SIG_DFL and its like are no signals
+        return int(vars(_signal)[f"SIG{name}"])
     import difflib
 
-    known = [member.removeprefix("SIG") for member in signal.Signals.__members__]
+    known = [one.removeprefix("SIG") for one in vars(_signal) if one[:3] == "SIG" and one[3:].isalnum()]
     near = difflib.get_close_matches(name, known, 1)
     raise UsageError(
         f"unknown signal {text!r}",
