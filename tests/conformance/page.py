@@ -17,7 +17,7 @@ CLIENTS = "What clients can do"
 OCI = "What the OCI's runtime-tools find"
 """The heading of the section that `oci_suite` writes."""
 RUNC = "What of runc's own tests passes"
-"""The heading of the section about runc's tests, which is written by hand."""
+"""The heading of the section that `runc_suite` writes."""
 BESIDE = (OCI, RUNC)
 
 
