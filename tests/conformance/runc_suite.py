@@ -62,7 +62,7 @@ def parse(text: str) -> Iterator[tuple[str, str, tuple[str, ...]]]:
                 yield last[0], last[1], tuple(last[2])
             outcome = "failed" if match[1] else "skipped" if match[3] is not None else "passed"
             last = match[2], outcome, [match[3]] if match[3] else []
-        elif last is not None and last[1] == "failed" and line.startswith("# ") and "(in " not in line[:8]:
+        elif last is not None and last[1] == "failed" and not re.match(r"# *(\(from|\(in|in) |[^#]", line):
             last[2].append(line[2:].strip())
     if last is not None:
         yield last[0], last[1], tuple(last[2])

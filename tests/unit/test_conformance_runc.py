@@ -9,7 +9,8 @@ TAP = """\
 1..4
 ok 1 runc create
 not ok 2 runc update --cpu-quota [cgroup v1]
-# (in test file update.bats, line 33)
+# (from function `fail' in file helpers.bash, line 335,
+#  in test file update.bats, line 33)
 #   `[ "$status" -eq 0 ]' failed
 # runc create (status=1):
 # error: it cannot

@@ -33,6 +33,7 @@ def test_options_come_in_both_forms_and_the_command_is_left() -> None:
     assert rest == ["kill", "x", "--all"]
     assert (options.log, options.log_format, options.state_root) == ("/tmp/log", "json", "/r")
     assert options.systemd_cgroup
+    assert options.debug
 
 
 def test_containers_are_recorded_below_the_run_directory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,3 +129,26 @@ def test_mistakes_are_left_to_the_grammar(line: str) -> None:
     assert oci_runtime.plain(argv) is None
     with pytest.raises(KataError):
         container_commands.COMMANDS[argv[0]].parse(argv[1:])
+
+
+@pytest.mark.parametrize(("command", "status"), [("exec", 255), ("state", 1), ("start", 1)])
+def test_a_failure_of_exec_is_no_status_of_a_process(
+    command: str, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KATA_RUN_DIR", str(tmp_path))
+    assert oci_runtime.main([command, "nobody", *(["true"] if command == "exec" else [])]) == status
+
+
+def test_with_debug_the_end_of_a_command_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = tmp_path / "oci-log"
+
+    oci_runtime.main(["--log", str(log), "--log-format", "json", "--debug", "version"])
+    oci_runtime.main(["--log", str(log), "version"])
+
+    [line] = log.read_text().splitlines()
+    told = json.loads(line)
+    assert told["level"] == "debug"
+    assert told["msg"].startswith("kata-runtime version: status 0 after ")
+    assert "level=debug" not in capsys.readouterr().err
+    oci_runtime.main(["--debug", "no-such-command"])
+    assert 'level=debug msg="kata-runtime no-such-command: status 1 after ' in capsys.readouterr().err

@@ -55,6 +55,9 @@ def test_a_container_from_create_to_delete(runtime: Runtime) -> None:
     # Without an environment, as Podman asks; what runs is not deleted.
     runtime("pause", "life")
     assert runtime.status("life") == "paused"
+    refused = runtime.call("exec", "life", "true")  # at once, and its streams are let go of
+    assert refused.returncode == 255
+    assert b"cannot exec in a paused container" in refused.stderr
     runtime("resume", "life")
     refused = runtime.call("delete", "life")
     assert refused.returncode == 1

@@ -30,7 +30,8 @@ global options, in front of a command of a container:
   --log FILE              append errors to this file, too
   --log-format text|json  in which form
   --systemd-cgroup        changes nothing: the form of cgroupsPath says whose it is
-  --debug, --criu PATH    are accepted, and change nothing: [runtime] enable_debug of the configuration does
+  --debug                 tell how the command ended where errors are told; [runtime] enable_debug has more
+  --criu PATH             is accepted, and changes nothing
   --rootless auto|true|false  is accepted, and changes nothing: the user whose command it is says it
 """
 
@@ -43,15 +44,17 @@ class GlobalOptions:
         log: The file that errors are appended to; empty for none.
         log_format: ``text`` or ``json``.
         systemd_cgroup: ``cgroupsPath`` is one of systemd's; its form says so by itself.
+        debug: Tell the end of a command, too.
     """
 
-    __slots__ = ("log", "log_format", "root", "systemd_cgroup")
+    __slots__ = ("debug", "log", "log_format", "root", "systemd_cgroup")
 
     def __init__(self) -> None:
         self.root = ""
         self.log = ""
         self.log_format = "text"
         self.systemd_cgroup = False
+        self.debug = False
 
     @property
     def state_root(self) -> str:
@@ -77,7 +80,7 @@ class GlobalOptions:
             if name in _FLAGS:
                 if equals and value not in ("true", "false"):
                     raise UsageError(f"--{name} takes no value", "kata-runtime --help")
-                self.systemd_cgroup |= name == "systemd-cgroup" and value != "false"
+                setattr(self, name.replace("-", "_"), value != "false")
             elif name in _WITH_VALUE:
                 if not equals:
                     if len(rest) < 2:
@@ -101,17 +104,34 @@ class GlobalOptions:
 
     def record(self, error: KataError) -> None:
         """Append an error to the caller's log, if it has named one. A log that cannot be written changes nothing."""
-        if not self.log:
-            return
+        if self.log:
+            self._append(self._line("error", error.message, hint=error.hint))
+
+    def record_end(self, argv: Sequence[str], status: int, seconds: float) -> None:
+        """With ``--debug``, tell how a command ended, in the caller's log or on standard error, as runc does.
+
+        Args:
+            argv: The command and what follows it.
+            status: What it ends with.
+            seconds: How long it took.
+        """
+        if self.debug:
+            told = f"{PROGRAM} {' '.join(argv)}: status {status} after {seconds:.3f} s"
+            line = self._line("debug", told)
+            if self.log:
+                self._append(line)
+            else:
+                sys.stderr.write(f"{line}\n")
+
+    def _line(self, level: str, message: str, **more: str) -> str:
+        from kata.json_text import dumps
+
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         if self.log_format == "json":
-            from kata.json_text import dumps
+            return dumps({"level": level, "msg": message, **more, "time": now})
+        return f'time="{now}" level={level} msg={dumps(message)}'
 
-            line = dumps({"level": "error", "msg": error.message, "hint": error.hint, "time": now})
-        else:
-            from kata.json_text import dumps
-
-            line = f'time="{now}" level=error msg={dumps(error.message)}'
+    def _append(self, line: str) -> None:
         from kata import given_paths
 
         try:

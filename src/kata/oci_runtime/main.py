@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 
 from kata import launcher, paths, sysio
 from kata.errors import KataError
@@ -70,19 +71,24 @@ def plain(argv: Sequence[str]) -> Plain | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and turn every outcome into an exit status: 1 for any failure, as with the original."""
+    """Run the command line and turn every outcome into an exit status: 1 for any failure, 255 for one of ``exec``."""
     launcher.name_output()
     options = GlobalOptions()
+    command: Sequence[str] = ()
+    began = time.monotonic()
     try:
-        status = _dispatch(options.take(sys.argv[1:] if argv is None else argv), options)
+        command = options.take(sys.argv[1:] if argv is None else argv)
+        status = _dispatch(command, options)
         sys.stdout.flush()
-        return status
     except BaseException as error:
         from kata.cli.report import exit_status
 
         if isinstance(error, KataError):
             options.record(error)
-        return exit_status(error, PROGRAM, 1)
+        # As with runc: a process that is executed may well end with 1 itself.
+        status = exit_status(error, PROGRAM, 255 if command and command[0] == "exec" else 1)
+    options.record_end(command, status, time.monotonic() - began)
+    return status
 
 
 def _dispatch(argv: Sequence[str], options: GlobalOptions) -> int:
