@@ -11,12 +11,15 @@ import pytest
 import sandbox_support
 
 from kata import journal_undo, sysio
-from kata.engine.lifecycle import boot, guest_setup, volumes
+from kata.engine.lifecycle import boot, first_calls, volumes
 from kata.errors import HostError, KataError, UnsupportedError
 from kata.hypervisor import registry, virtiofsd
 from kata.hypervisor.base import Capabilities
 from kata.journal import Journal
+from kata.proto import agent_pb
 from kata.settings import ContainerSettings, NetworkSettings, RootfsSettings, VolumeSettings
+from kata.ttrpc import frame
+from kata.ttrpc.envelope import Request
 
 
 def test_a_virtiofsd_that_is_asked_for_has_to_be_there(
@@ -64,7 +67,7 @@ def test_a_virtiofsd_that_is_asked_for_has_to_be_there(
     ],
 )
 def test_9p_keeps_only_what_the_kernel_keeps_right(version: str, cache: str) -> None:
-    assert guest_setup._9p_cache(version) == cache
+    assert first_calls.cache_of_9p(version) == cache
 
 
 # ---- what the engine asks before it makes anything ----
@@ -170,6 +173,47 @@ def test_a_machine_without_a_network_has_an_interface_only_with_a_pool(
     start.describe_machine()
     assert start.machine.shape is not None
     assert start.machine.shape.nics == nics
+
+
+class Channel:
+    """A machine that was started, as far as its agent's channel goes."""
+
+    share_tag = "tag"
+
+    def __init__(self, *, is_there: bool = True) -> None:
+        self.is_there = is_there
+        self.words = b""
+
+    def give_agent(self, words: bytes) -> bool:
+        self.words += words if self.is_there else b""
+        return self.is_there
+
+
+def test_a_clone_has_its_first_calls_before_its_engine_waits_for_answers(tmp_path: Path) -> None:
+    settings = sandbox_support.sandbox("x", str(tmp_path), kernel="/k", initrd="/i", accel="tcg")
+    settings.hostname, settings.resolv_conf = "name", ["nameserver 1.2.3.4"]
+    machine = boot.Machine()
+    channel = Channel()
+    machine.started = cast(Any, channel)
+    first_calls.give(machine, settings)
+    calls = {one.stream: Request.decode(one.data) for one in frame.Parser().feed(channel.words)}
+    assert {call.method: stream for stream, call in calls.items()} == machine.calls_made
+    # Seeded before anything else is done.
+    assert [call.method for call in calls.values()] == [
+        "ReseedRandomDev",
+        "GetGuestDetails",
+        "CreateSandbox",
+    ]
+    assert len(agent_pb.ReseedRandomDevRequest.decode(calls[1].payload).data) == first_calls.SEED_BYTES
+    wanted = agent_pb.CreateSandboxRequest.decode(calls[5].payload)
+    assert (wanted.sandbox_id, wanted.hostname, list(wanted.dns)) == ("x", "name", ["nameserver 1.2.3.4"])
+    # Where there is no channel yet, or the calls have to tell of a trace, nothing is said.
+    for place, traced in ((Channel(is_there=False), False), (Channel(), True)):
+        other = boot.Machine()
+        other.started = cast(Any, place)
+        settings.described().tracing = cast(Any, object()) if traced else None
+        first_calls.give(other, settings)
+        assert (other.calls_made, place.words) == ({}, b"")
 
 
 def test_one_thing_that_cannot_be_taken_back_keeps_no_other(

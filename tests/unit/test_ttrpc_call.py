@@ -13,6 +13,7 @@ import pytest
 from kata.proto import google_pb, health_pb
 from kata.proto.codec import Methods
 from kata.ttrpc import envelope, frame, status, sync_client
+from kata.ttrpc.calls import encoded
 from kata.ttrpc.client import Client, ConnectionLost, ProtocolError, TtrpcError
 from kata.ttrpc.server import Context, Server, finish
 
@@ -92,7 +93,7 @@ def run(scenario: Callable[[Client, Echo, Server], Awaitable[None]], **limits: i
         server = Server({SERVICE: (TABLE, echo)}, lambda context, error: errors.append(error))
         ours, theirs = socket.socketpair()
         await server.attach(theirs)
-        client = await Client.connect(ours, **limits)
+        client = await Client.connect(ours, **limits)  # type: ignore[arg-type]
         try:
             await asyncio.wait_for(scenario(client, echo, server), 60)
         finally:
@@ -415,6 +416,36 @@ def test_a_client_may_have_only_so_many_calls() -> None:
         echo.release.set()
         await asyncio.gather(*blocked)
         client.close()
+        await server.shutdown()
+
+    asyncio.run(main())
+
+
+def test_calls_that_were_made_before_there_was_a_client() -> None:
+    """Their answers may come before somebody waits for them; further calls have streams of their own."""
+
+    async def main() -> None:
+        echo = Echo()
+        server = Server({SERVICE: (TABLE, echo)})
+        ours, theirs = socket.socketpair()
+        for stream, method in ((1, "Echo"), (3, "Fail"), (5, "Block")):
+            data = encoded(SERVICE, method, Request(service=f"early {stream}"))
+            ours.sendall(frame.encode(stream, frame.REQUEST, data))
+        await server.attach(theirs)
+        client = await Client.connect(ours, made=(1, 3, 5))
+        assert await call(client, "Echo", "late") == "late"  # the others have been answered by now, but one
+        first = await client.call(SERVICE, "Echo", Request(), Request, stream=1)
+        assert first.service == "early 1"
+        await fails(client.call(SERVICE, "Fail", Request(), Request, stream=3), status.NOT_FOUND)
+        await fails(
+            client.call(SERVICE, "Block", Request(), Request, 0.05, stream=5), status.DEADLINE_EXCEEDED
+        )
+        echo.release.set()
+        assert await call(client, "Echo", "after the late answer") == "after the late answer"
+        client.close()
+        lost = await Client.connect(socket.socketpair()[0], made=(1,))
+        with pytest.raises(ConnectionLost):
+            await asyncio.wait_for(lost.call(SERVICE, "Echo", Request(), Request, stream=1), 10)
         await server.shutdown()
 
     asyncio.run(main())

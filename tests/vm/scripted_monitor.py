@@ -104,6 +104,9 @@ class ScriptedStarted:
     def channel(self) -> Channel:
         return self._channel
 
+    def give_agent(self, words: bytes) -> bool:
+        return False
+
     def take_console(self) -> sysio.Fd | None:
         return None
 

@@ -174,6 +174,8 @@ class AgentClient:
     Attributes:
         features: The agent's extensions of the protocol (``AgentDetails.extra_features``); empty until
             `negotiate_features` was called.
+        calls_made: Calls of `AGENT` that were written to the connection before there was a client, method to stream.
+            The first call of each such method is that one, and waits for its answer.
         trace: Begins the span of a call (service, method, timeout), or says that it has none; None where there is no
             tracing.
     """
@@ -191,6 +193,7 @@ class AgentClient:
         self._dial = dial
         self._own: set[Client] = set()
         self.features: frozenset[str] = frozenset()
+        self.calls_made: dict[str, int] = {}
         self.trace: Callable[[str, str, float | None], CallSpan | None] | None = None
 
     @property
@@ -223,14 +226,15 @@ class AgentClient:
         Raises:
             KataError: See the class.
         """
-        if self.trace is not None and metadata is None:
+        stream = self.calls_made.pop(method, 0) if self.calls_made and service == AGENT else 0
+        if self.trace is not None and metadata is None and not stream:
             span = self.trace(service, method, timeout_s)
             if span is not None:
                 return await self._traced(span, service, method, request, answer, timeout_s)
         began_ns = time.monotonic_ns()
         try:
             return await self._client.call(
-                service, method, request, answer, timeout=timeout_s, metadata=metadata
+                service, method, request, answer, timeout=timeout_s, metadata=metadata, stream=stream
             )
         except TtrpcError as error:
             if error.code == DEADLINE_EXCEEDED and timeout_s is not None:
@@ -365,9 +369,9 @@ class AgentClient:
         request = agent_pb.SetGuestDateTimeRequest(Sec=now_ns // 10**9, Usec=now_ns % 10**9 // 1000)
         await self._empty("SetGuestDateTime", request)
 
-    async def reseed(self, data: bytes) -> None:
+    async def reseed(self, data: bytes, timeout_s: float = CALL_S) -> None:
         """Add random bytes to the entropy pool of the guest's kernel."""
-        await self._empty("ReseedRandomDev", agent_pb.ReseedRandomDevRequest(data=data))
+        await self._empty("ReseedRandomDev", agent_pb.ReseedRandomDevRequest(data=data), timeout_s)
 
     async def update_interface(self, interface: types_pb.Interface) -> None:
         request = agent_pb.UpdateInterfaceRequest(interface=interface)

@@ -183,6 +183,10 @@ class MonitorProcess(ABC):
             raise HypervisorError(f"the machine's {name} channel is in use already")
         return self.fds.pop(name)
 
+    def give_agent(self, words: bytes) -> bool:
+        """See `kata.hypervisor.protocols.Started.give_agent`: of most monitors it is not there."""
+        return False
+
     def take_console(self) -> sysio.Fd | None:
         """Our end of the console; see `kata.hypervisor.protocols.Started.take_console`."""
         return sysio.Fd(self.detach_fd("console")) if "console" in self.fds else None

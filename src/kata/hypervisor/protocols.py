@@ -53,6 +53,10 @@ class Started(Protocol):
     def channel(self) -> Channel:
         """How its agent is reached."""
 
+    def give_agent(self, words: bytes) -> bool:
+        """Write the first bytes of the agent's connection, before anybody takes its channel. Returns false, and has
+        written nothing, where that is not there before the guest listens."""
+
     def take_console(self) -> Fd | None:
         """The host's end of the guest's console, which is the caller's; None when there is none, or it was taken.
         One that nobody reads stops the guest when it is full."""

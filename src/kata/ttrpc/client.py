@@ -23,7 +23,7 @@ from kata.ttrpc.status import (
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from typing import Any, Protocol
 
     from kata.ttrpc.messages import Encodable, R
@@ -79,6 +79,8 @@ class Client:
         self._reader: asyncio.Task[None] | None = None
         self._next = 1
         self._calls: dict[int, asyncio.Future[envelope.Response | None]] = {}
+        # Those of them that were made before there was a client, until somebody waits for the answer.
+        self._made: dict[int, asyncio.Future[envelope.Response | None]] = {}
         # Sizes of abandoned requests: until they are answered, they may still wait in our buffer.
         self._abandoned: dict[int, int] = {}
         self._streams: dict[int, Receiver] = {}
@@ -89,10 +91,25 @@ class Client:
 
     @classmethod
     async def connect(
-        cls, sock: socket.socket, max_calls: int = MAX_CALLS, max_bytes: int = MAX_BYTES
+        cls,
+        sock: socket.socket,
+        max_calls: int = MAX_CALLS,
+        max_bytes: int = MAX_BYTES,
+        *,
+        made: Iterable[int] = (),
     ) -> Client:
-        """Make a client over a connected stream socket, of which it takes ownership."""
+        """Make a client over a connected stream socket, of which it takes ownership.
+
+        Args:
+            sock: The socket.
+            max_calls: See the class.
+            max_bytes: See the class.
+            made: Streams of calls that were written to the socket before, to be waited for by `call`.
+        """
         client = cls(max_calls, max_bytes)
+        for number in made:
+            client._calls[number] = client._made[number] = client._loop.create_future()
+            client._next = max(client._next, number + 2)
         await client._loop.create_connection(lambda: _Receiver(client), sock=sock)
         return client
 
@@ -127,6 +144,7 @@ class Client:
         response: type[R],
         timeout: float | None = None,
         metadata: Mapping[str, str] | None = None,
+        stream: int = 0,
     ) -> R:
         """Make one call and wait for its answer.
 
@@ -137,6 +155,7 @@ class Client:
             response: Class of the answer.
             timeout: Seconds, also sent to the server. None waits as long as the connection lives.
             metadata: Sent as the protocol's metadata.
+            stream: The call was made before there was a client, on this stream (`connect`): nothing is sent.
 
         Returns:
             The decoded answer.
@@ -146,8 +165,11 @@ class Client:
                 not fit into a frame or that exceeds `max_calls`.
             ConnectionLost: The connection ended; ProtocolError when the server broke the protocol.
         """
-        data = encoded(service, method, request, timeout, metadata)
-        answer = await self._send_and_wait(data, timeout)
+        if stream:
+            answer = await self._wait_for(stream, 0, self._made.pop(stream), timeout)
+        else:
+            data = encoded(service, method, request, timeout, metadata)
+            answer = await self._send_and_wait(data, timeout)
         if answer is _LATE:
             raise TtrpcError(DEADLINE_EXCEEDED, f"{method} was not answered in time")
         if answer is None:
@@ -224,6 +246,12 @@ class Client:
         self._transport.write(frame.encode(stream, frame.REQUEST, data))
         # There may be room for the next waiting call as well.
         self._next_turn()
+        return await self._wait_for(stream, size, answer, timeout)
+
+    async def _wait_for(
+        self, stream: int, size: int, answer: asyncio.Future[envelope.Response | None], timeout: float | None
+    ) -> envelope.Response | None:
+        """Wait for the response to a call of this size; see `_send_and_wait`."""
         # Not `asyncio.timeout`, which costs an empty call a tenth of its time.
         timer = None if timeout is None else self._loop.call_later(timeout, _give_up, answer)
         try:

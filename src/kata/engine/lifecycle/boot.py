@@ -70,6 +70,7 @@ class Machine:
         ready_ns: When there was nothing more to do but wait for a boot slot.
         started_ns: When the hypervisor was started.
         boot_slot: The right to boot now, until the first container runs.
+        calls_made: Calls that are in the agent's channel already, method to stream (see `first_calls`).
         start_path: How the machine comes up: `COLD`, or what a step has told `came_by`.
         start_reason: Why by no faster way; empty if there is none.
         steps: Of the start: name, begin and end of each, in ns of CLOCK_MONOTONIC.
@@ -81,6 +82,7 @@ class Machine:
 
     __slots__ = (
         "boot_slot",
+        "calls_made",
         "capabilities",
         "cgroup",
         "files",
@@ -122,6 +124,7 @@ class Machine:
         self.ready_ns = 0
         self.started_ns = 0
         self.boot_slot: boot_slots.BootSlot | None = None
+        self.calls_made: dict[str, int] = {}
         self.start_path = COLD
         self.start_reason = ""
         self.steps: list[tuple[str, int, int]] = []
@@ -282,6 +285,7 @@ def _power_on(boot: Boot) -> Machine:
         boot.start_file_server,
         boot.start_network,
         boot.set_oom_scores,
+        boot.give_first_calls,
     )
     try:
         began = time.monotonic_ns()
@@ -700,6 +704,13 @@ class Boot:
 
         oom_score.protect_engine()
         oom_score.set_machine(self._settings.oom_score_adj)
+
+    def give_first_calls(self) -> None:
+        """Have a machine that goes on from a template set up its guest while the rest of the engine is loaded."""
+        if self.machine.start_path == TEMPLATE:
+            from kata.engine.lifecycle import first_calls
+
+            first_calls.give(self.machine, self._settings)
 
 
 END_S = 5.0

@@ -12,13 +12,14 @@ import time
 from kata import sysio
 from kata.agent.client import boot_times
 from kata.agent.text import last_lines
-from kata.engine.containers.spec import GUEST_SHARE
+from kata.engine.lifecycle import first_calls
+from kata.engine.lifecycle.first_calls import READY_S, SEED_BYTES
 from kata.engine.lifecycle.sandbox_state import SandboxState
 from kata.errors import HypervisorError, KataError, VMLostError
-from kata.proto import agent_pb
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Coroutine
     from typing import Any, Protocol
 
     from kata.agent.client import AgentClient
@@ -40,23 +41,9 @@ if TYPE_CHECKING:
         guest_network: GuestNetwork
         network_services: NetworkServices
 
-        @property
-        def dns(self) -> list[str]:
-            """Lines of the guest's resolv.conf; empty without a network."""
 
-
-READY_S = 60.0
-"""How long a guest may take to answer, in seconds; it takes one, but a host may be busy, or itself an emulated machine.
-The sandbox's settings may say otherwise (`kata.settings.GuestSettings`)."""
 BOOT_SLOT_S = 1.0
 """How long a machine that is up keeps its boot slot for a first container, in seconds."""
-# Not nosuid: an image's sudo and ping work as they do elsewhere. (What the host exports is nosuid for the host itself.)
-SHARE_MOUNT_OPTIONS = {
-    "9p": ["trans=virtio", "version=9p2000.L", "nodev"],
-    "virtio-fs": ["nodev"],
-}
-SHARE_MSIZE = 512000
-SEED_BYTES = 512
 SETTING_UP = "setting up the guest"
 _KILLED = (-sysio.SIGKILL, -sysio.SIGTERM, -1, -2)
 """Exit statuses of a monitor that somebody has ended, as with SIGHUP and SIGINT."""
@@ -115,30 +102,36 @@ async def _bring_up(sandbox: BootingSandbox, step: _Step) -> AgentClient:
     from kata.proto import types_pb  # noqa: F401
 
     runtime = sandbox.runtime
+    machine = runtime.machine
     step.name = "waiting for the agent in the guest"
     ready_s = sandbox.settings.described().guest.ready_s or READY_S
     agent = await runtime.connect_agent(ready_s)
-    has_waited = runtime.machine.waiting is not None
-    if not has_waited:  # otherwise it has just answered, and drawn nothing since it was seeded
-        await _healthy(agent, runtime.life.exit_reason, ready_s)
+    has_waited = machine.waiting is not None
+    seeds_first = (
+        machine.is_clone and not has_waited
+    )  # one that waited has drawn nothing since it was seeded
+    if machine.calls_made:
+        await _answered(agent.reseed(b"", ready_s), runtime.life.exit_reason)  # with what it was given
+    elif not has_waited:  # otherwise it has just answered
+        await _answered(agent.check(ready_s), runtime.life.exit_reason)
     answered_ns = time.monotonic_ns()
 
     step.name = SETTING_UP
-    if runtime.machine.is_clone and not has_waited:
+    if seeds_first and not machine.calls_made:
         # Before anything else draws from what it has of its template's.
         await agent.reseed(os.urandom(SEED_BYTES))
     features = asyncio.ensure_future(agent.negotiate_features())
     _begin_network(sandbox, agent, features)
     assert runtime.vm is not None
-    await runtime.race_vm_exit(
-        asyncio.gather(
-            runtime.vm.confined(),
-            agent.create_sandbox(_request(sandbox)),
-            features,
-            agent.set_time(time.time_ns()),
-            agent.reseed(os.urandom(SEED_BYTES)),
-        )
-    )
+    calls: list[Awaitable[object]] = [
+        runtime.vm.confined(),
+        agent.create_sandbox(first_calls.sandbox_request(machine, sandbox.settings)),
+        features,
+        agent.set_time(time.time_ns()),
+    ]
+    if not seeds_first:
+        calls.append(agent.reseed(os.urandom(SEED_BYTES)))
+    await runtime.race_vm_exit(asyncio.gather(*calls))
     if runtime.machine.is_clone:
         sandbox.timings.add("restore", runtime.machine.started_ns, answered_ns)
     else:
@@ -147,13 +140,13 @@ async def _bring_up(sandbox: BootingSandbox, step: _Step) -> AgentClient:
     return agent
 
 
-async def _healthy(agent: AgentClient, exit_reason: asyncio.Future[KataError], timeout_s: float) -> None:
-    """Return when the agent serves.
+async def _answered(call: Coroutine[Any, Any, None], exit_reason: asyncio.Future[KataError]) -> None:
+    """Return when the agent has answered its first call.
 
     On a serial channel the question waits in the pipe until the guest's driver takes it: one call is enough,
     no polling, and the answer comes the moment that the agent can give it.
     """
-    check = asyncio.ensure_future(agent.check(timeout_s))
+    check = asyncio.ensure_future(call)
     both: set[asyncio.Future[Any]] = {check, exit_reason}
     try:
         await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
@@ -175,55 +168,6 @@ def _begin_network(sandbox: BootingSandbox, agent: AgentClient, features: asynci
     # A start that never comes does not ask how it went.
     configured.add_done_callback(lambda task: task.cancelled() or task.exception())
     sandbox.network_services.configured = configured
-
-
-def _request(sandbox: BootingSandbox) -> agent_pb.CreateSandboxRequest:
-    settings = sandbox.settings
-    return agent_pb.CreateSandboxRequest(
-        # A container without a name of its own has the host's, as with a runtime that shares the host's kernel.
-        hostname=settings.hostname or os.uname().nodename,
-        dns=sandbox.dns,
-        storages=_share(sandbox),
-        sandbox_id=sandbox.id,
-        kernel_modules=[
-            agent_pb.KernelModule(name=name, parameters=parameters)
-            for name, *parameters in settings.described().guest.modules
-        ],
-    )
-
-
-def _share(sandbox: BootingSandbox) -> list[agent_pb.Storage]:
-    """The mount of the sandbox's share in the guest, if there is one."""
-    machine, described = sandbox.runtime.machine, sandbox.settings.described()
-    if machine.share is None:
-        return []
-    kind = "9p" if machine.files is None else "virtio-fs"
-    options = list(SHARE_MOUNT_OPTIONS[kind])
-    if kind == "9p":
-        options += [
-            f"msize={described.share.msize or SHARE_MSIZE}",
-            f"cache={_9p_cache(described.guest.kernel_version)}",
-        ]
-    return [
-        agent_pb.Storage(
-            driver=kind,
-            source=machine.started.share_tag if machine.started is not None else "",
-            fstype=kind.replace("-", ""),
-            options=options,
-            mount_point=GUEST_SHARE,
-        )
-    ]
-
-
-def _9p_cache(kernel_version: str) -> str:
-    """What a guest keeps of files that it has by 9p (the kernel's Documentation/filesystems/9p.rst).
-
-    Until Linux 6.4 ``mmap`` keeps what is mapped and nothing else. From then on it is a cache with write-back that
-    nothing invalidates: what others change is not seen, and what is written arrives late or, when the machine is
-    killed, never. Without a cache all that is right, and shared writable mappings are refused.
-    """
-    numbers = [int(part) for part in kernel_version.split(".")[:2] if part.isdecimal()]
-    return "mmap" if len(numbers) == 2 and numbers < [6, 4] else "none"
 
 
 async def _guest_times(sandbox: BootingSandbox, agent: AgentClient, answered_ns: int) -> None:

@@ -210,7 +210,10 @@ class MachineRuntime:
             raise AgentTimeoutError(
                 f"the agent did not listen on {channel.url} within {timeout_s:g} s"
             ) from None
-        return self._agent_of(await Client.connect(sock), dial)
+        made = self.machine.calls_made
+        agent = self._agent_of(await Client.connect(sock, made=made.values()), dial)
+        agent.calls_made = dict(made)
+        return agent
 
     def _agent_of(self, client: Client, dial: Dial | None) -> AgentClient:
         self._agent = AgentClient(client, _Watcher(self), dial, self.agent_calls)

@@ -14,7 +14,7 @@ from kata.engine.containers.container import Container
 from kata.engine.containers.container_parts import REMOVE_S
 from kata.engine.forwarding.guestnet import GuestNetwork
 from kata.engine.forwarding.network_services import NetworkServices
-from kata.engine.lifecycle import boot, guest_setup
+from kata.engine.lifecycle import boot, first_calls, guest_setup
 from kata.engine.lifecycle.life_events import LifeEvents
 from kata.engine.lifecycle.machine_runtime import MachineRuntime
 from kata.engine.lifecycle.resize import MachineResizer
@@ -232,10 +232,7 @@ class Sandbox:
     @property
     def dns(self) -> list[str]:
         """Lines of the guest's resolv.conf; empty without a network."""
-        if self.settings.resolv_conf is not None:
-            return self.settings.resolv_conf
-        plan = self.machine.network
-        return plan.resolv_conf().splitlines() if plan is not None else []
+        return first_calls.dns(self.machine, self.settings)
 
     @property
     def address(self) -> str:

@@ -91,6 +91,16 @@ class QemuProcess(MonitorProcess):
             )
         return self._channel
 
+    def give_agent(self, words: bytes) -> bool:
+        """See `kata.hypervisor.protocols.Started.give_agent`: they wait in the virtio-serial port."""
+        if self.settings.vsock is not None or "agent" not in self.fds:
+            return False
+        try:
+            sysio.write_all(self.fds["agent"], words)
+        except OSError:
+            return False  # it has ended, and says why
+        return True
+
     def explain(self, status: int) -> KataError:
         """See `explain`."""
         return explain(status, self.stderr_text(), self.settings)
