@@ -166,7 +166,7 @@ def _pull(arguments: Arguments) -> int:
 
 
 def _rmi(arguments: Arguments) -> int:
-    from kata.cli.report import REMOVING, raise_first
+    from kata.cli.report import REMOVING, raise_failures
 
     force = arguments.flag("force")
     failures: list[KataError] = []
@@ -177,7 +177,7 @@ def _rmi(arguments: Arguments) -> int:
         except KataError as error:
             if not (force and error.grpc_code == 5):
                 failures.append(error)
-    raise_first(failures, REMOVING)
+    raise_failures(failures, REMOVING)
     return 0
 
 

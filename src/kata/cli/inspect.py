@@ -73,7 +73,7 @@ def _exists(arguments: Arguments) -> int:
 
 
 def _inspect(arguments: Arguments) -> int:
-    from kata.cli.report import raise_first
+    from kata.cli.report import raise_failures
 
     kind, form = _kind(arguments), arguments.value("format")
     if arguments.flag("latest"):
@@ -102,7 +102,7 @@ def _inspect(arguments: Arguments) -> int:
         # What was found is printed, as in Docker: an empty list, too.
         table.show_json(found)
     sys.stdout.flush()
-    raise_first(failures)
+    raise_failures(failures)
     return 0
 
 

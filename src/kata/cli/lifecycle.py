@@ -103,9 +103,9 @@ def each(references: list[str], act: Callable[[Container], str | None], exit_cod
     Args:
         references: Names or ids of containers, as the user wrote them.
         act: Does it to one. What it returns is printed; the reference itself if it returns None.
-        exit_code: See `report.raise_first`.
+        exit_code: See `report.raise_failures`.
     """
-    from kata.cli.report import raise_first
+    from kata.cli.report import raise_failures
 
     failures: list[KataError] = []
     for reference in references:
@@ -115,7 +115,7 @@ def each(references: list[str], act: Callable[[Container], str | None], exit_cod
             failures.append(error)
         else:
             print(reference if shown is None else shown, flush=True)
-    raise_first(failures, exit_code)
+    raise_failures(failures, exit_code)
     return 0
 
 

@@ -391,9 +391,9 @@ def _prune(arguments: Arguments) -> int:
         failures += more
     print(f"Total reclaimed space: {table.human_size(freed)}")
     sys.stdout.flush()
-    from kata.cli.report import raise_first
+    from kata.cli.report import raise_failures
 
-    raise_first(failures)
+    raise_failures(failures)
     return 0
 
 

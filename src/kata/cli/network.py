@@ -241,7 +241,7 @@ def _ls(arguments: Arguments) -> int:
 
 
 def _each(names: list[str], act: Callable[[str], None], exit_code: int | None = None) -> None:
-    from kata.cli.report import raise_first
+    from kata.cli.report import raise_failures
 
     failures: list[KataError] = []
     for name in names:
@@ -250,7 +250,7 @@ def _each(names: list[str], act: Callable[[str], None], exit_code: int | None = 
         except KataError as error:
             failures.append(error)
     sys.stdout.flush()
-    raise_first(failures, exit_code)
+    raise_failures(failures, exit_code)
 
 
 def _rm(arguments: Arguments) -> int:

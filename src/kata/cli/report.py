@@ -34,22 +34,22 @@ REMOVING = 1
 """The exit status of a command that could not remove something, as in Docker and Podman."""
 
 
-def raise_first(failures: Sequence[KataError], exit_code: int | None = None) -> None:
-    """End a command that went on after failures: print all but the first, and raise that.
+def raise_failures(failures: Sequence[KataError], exit_code: int | None = None) -> None:
+    """End a command that went on after failures: with the status of the first, after all of them were printed.
 
     Args:
         failures: In their order.
-        exit_code: The status that the program is to end with instead of the error's own.
+        exit_code: The status that the program is to end with instead of the first error's own.
 
     Raises:
-        KataError: There is one.
+        KataError: There is one. The last is raised, which whoever ends the program prints.
     """
-    for failure in failures[1:]:
+    if not failures:
+        return
+    for failure in failures[:-1]:
         report(failure)
-    if failures:
-        if exit_code is not None:
-            failures[0].exit_code = exit_code
-        raise failures[0]
+    failures[-1].exit_code = failures[0].exit_code if exit_code is None else exit_code
+    raise failures[-1]
 
 
 def _printable(text: str) -> str:
