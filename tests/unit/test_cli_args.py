@@ -53,6 +53,12 @@ def test_a_double_dash_ends_the_options_and_flags_take_false() -> None:
     assert not parsed.flag("rm")
     assert parsed.flag("tty")
     assert parsed.rest == ["--name"]
+    for argv, tty in ((["-t=true"], True), (["-it=false"], False), (["-t", "-t=0"], False)):
+        parsed = RUN.parse([*argv, "x"])
+        assert parsed.flag("tty") is tty
+        assert parsed.flag("interactive") is (argv == ["-it=false"])
+    with pytest.raises(UsageError, match="-t is a switch, not 'perhaps'"):
+        RUN.parse(["-t=perhaps", "x"])
 
 
 @pytest.mark.parametrize(
@@ -116,11 +122,15 @@ def test_ports() -> None:
         {"host_ip": "127.0.0.1", "host_port": 5353, "guest_port": 53, "proto": "udp"}
     ]
     assert values.port("[::1]:80:80")[0]["host_ip"] == "::1"
+    assert values.port("53:53/UDP")[0]["proto"] == "udp"
+    for text in ("80", "0:80", "127.0.0.1::80"):
+        [one] = values.port(text)
+        assert (one["host_port"], one["guest_port"]) == (0, 80)
     assert [p["guest_port"] for p in values.port("7000-7002:8000-8002")] == [8000, 8001, 8002]
 
 
 @pytest.mark.parametrize(
-    "text", ["", "x", "0:80", "80:70000", "1-2:5", "80:80/sctp", "localhost:80:80", "1:2:3:4"]
+    "text", ["", "x", "80:0", "80:70000", "1-2:5", "80:80/sctp", "localhost:80:80", "1:2:3:4"]
 )
 def test_wrong_ports(text: str) -> None:
     with pytest.raises(UsageError, match="-p "):

@@ -40,6 +40,21 @@ def test_inspect_reads_the_specification(image: None, capsys: pytest.CaptureFixt
     assert labels == '{"a":"2","z":"1"}\n'  # as Go's maps: sorted
 
 
+@pytest.mark.parametrize(("options", "user"), [((), ""), (("-u", "5:6"), "5:6")])
+def test_inspect_says_who_the_command_runs_as(
+    image: None, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], user: str
+) -> None:
+    found = create(capsys, *options, "--group-add", "77")
+    assert (found["Config"]["User"], found["HostConfig"]["GroupAdd"]) == (user, ["77"])
+
+
+def test_failures_are_told_in_their_order(image: None, capsys: pytest.CaptureFixture[str]) -> None:
+    told = said(capsys, "rm", "first", "second", "third", status=1)
+    assert [line for line in told.splitlines() if "no container" in line] == [
+        f"error: no container named '{name}'" for name in ("first", "second", "third")
+    ]
+
+
 def test_inspect_of_a_privileged_container(image: None, capsys: pytest.CaptureFixture[str]) -> None:
     found = create(capsys, "--privileged")
     assert found["HostConfig"]["Privileged"] is True

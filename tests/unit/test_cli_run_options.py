@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kata.cli import run, values
-from kata.cli.run_options import IdFile, RunOptions, exposed_ports
+from kata.cli.run_options import IdFile, RunOptions, exposed_ports, with_host_ports
 from kata.engine.containers.etc_files import resolv_conf
 from kata.errors import UsageError
 from kata.oci import spec as oci
@@ -162,9 +162,42 @@ def test_the_file_with_the_id_is_new_and_goes_with_a_failure(tmp_path: Path) -> 
     assert not (tmp_path / "other").exists()
 
 
+def test_a_port_without_one_of_the_host_gets_a_free_one() -> None:
+    for text in ("80", "127.0.0.1::80", "0:53/udp"):
+        [one] = with_host_ports(values.port(text))
+        assert one["host_port"] > 1023
+    assert len({one["host_port"] for one in with_host_ports(values.port("80-82") * 2)}) == 6
+    with pytest.raises(UsageError, match=r"no free port of 192\.0\.2\.9 can be had"):
+        with_host_ports(values.port("192.0.2.9::80"))
+
+
+def test_0_is_no_limit() -> None:
+    zeros = ("--cpu-shares", "--memory-reservation", "--memory-swap", "--shm-size")
+    spec, _, _ = applied(*(word for option in zeros for word in (option, "0")))
+    plain, _, _ = applied("--label", "x")
+    assert spec == plain
+    choice = run._Choice(run.COMMANDS["run"].parse(["-m", "0", "--cpus", "0", "image"]))
+    assert (choice.memory, choice.cpus) == (None, None)
+
+
+def test_empty_names_are_none() -> None:
+    choice = run._Choice(run.COMMANDS["run"].parse(["--name", "", "-h", "", "--network", "", "image"]))
+    assert (choice.name, choice.hostname, choice.network) == (None, None, "user")
+
+
+def test_a_line_that_is_no_label_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "labels"
+    file.write_text("a=1\n b = 2\n")
+    with pytest.raises(UsageError, match=f"--label-file {file}:2: 'b = 2' is not a label"):
+        applied("--label-file", str(file))
+
+
 def test_exposed_ports_get_free_ones_of_the_host() -> None:
     found = exposed_ports({"80/tcp": {}, "53/udp": {}, "443": {}, "22/tcp": {}}, values.port("2222:22"))
     assert [(one["guest_port"], one["proto"]) for one in found] == [(443, "tcp"), (53, "udp"), (80, "tcp")]
-    assert len({one["host_port"] for one in found}) == 3
+    chosen = with_host_ports([*values.port("2222:22"), *found])
+    assert [one["guest_port"] for one in chosen] == [22, 443, 53, 80]
+    assert chosen[0]["host_port"] == 2222
+    assert len({one["host_port"] for one in chosen} - {0}) == 4
     with pytest.raises(UsageError, match="not a port"):
         exposed_ports({"nonsense/tcp": {}}, [])

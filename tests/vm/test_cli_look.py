@@ -175,9 +175,10 @@ def test_exec(shared_kata: Kata, box: str) -> None:
 
 
 def test_exec_of_what_is_not_there(shared_kata: Kata, box: str) -> None:
-    done = shared_kata.call("exec", box, "no-such-command")
-    assert done.returncode == 127
-    assert b"executable file not found in $PATH" in done.stderr
+    for word in ("no-such-command", ""):
+        done = shared_kata.call("exec", "-u", "", "-w", "", box, word)
+        assert done.returncode == 127
+        assert b"executable file not found in $PATH" in done.stderr
     assert shared_kata.call("exec", box, "/etc/passwd").returncode == 126
 
 

@@ -8,7 +8,7 @@ use crate::syscall;
 /// Finds the program of `args[0]` as the present user in the present root and directory (Go's exec.LookPath, whose
 /// words the callers of runtimes look for).
 pub fn find(args: &[String], env: &[String]) -> Result<String> {
-    let Some(name) = args.first().filter(|name| !name.is_empty()) else {
+    let Some(name) = args.first() else {
         return Err(Error::invalid("the process has no arguments"));
     };
     if name.contains('/') {
@@ -21,7 +21,7 @@ pub fn find(args: &[String], env: &[String]) -> Result<String> {
         };
     }
     let path = env.iter().rev().find_map(|e| e.strip_prefix("PATH=")).unwrap_or("");
-    for directory in path.split(':').filter(|_| !path.is_empty()) {
+    for directory in path.split(':').filter(|_| !path.is_empty() && !name.is_empty()) {
         let candidate = format!("{}/{name}", if directory.is_empty() { "." } else { directory });
         if check(&candidate).is_ok() {
             return Ok(candidate);
@@ -98,6 +98,8 @@ mod tests {
         let not_found = "exec: \"nope\": executable file not found in $PATH".to_string();
         assert_eq!(find_words("nope", &["PATH=/bin"]), (code::NOT_FOUND, not_found.clone()));
         assert_eq!(find_words("nope", &[]), (code::NOT_FOUND, not_found));
+        let nothing = "exec: \"\": executable file not found in $PATH".to_string();
+        assert_eq!(find_words("", &["PATH=/bin"]), (code::NOT_FOUND, nothing));
         assert_eq!(
             find_words("/bin/nope", &[]),
             (code::NOT_FOUND, "exec: \"/bin/nope\": stat /bin/nope: no such file or directory".to_string())

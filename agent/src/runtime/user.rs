@@ -157,7 +157,7 @@ fn in_range(number: i64, text: &str) -> Result<u32> {
     i32::try_from(number)
         .ok()
         .and_then(|number| u32::try_from(number).ok())
-        .ok_or_else(|| Error::invalid(format!("{text}: uids and gids must be in range 0-{}", i32::MAX)))
+        .ok_or_else(|| Error::invalid(format!("uids and gids must be in range 0-{}, and {text} is not", i32::MAX)))
 }
 
 /// The lines of a colon-separated file that have at least `fields` fields.
@@ -231,7 +231,7 @@ mod tests {
         assert_eq!(found("ann:100"), (1000, 100, vec![100], "/".into()));
         for text in ["-1", "2147483648", "4294967295", "ann:-1", "ann:4294967295"] {
             let message = named(text).resolve_in(passwd, group).unwrap_err().message;
-            assert!(message.contains("must be in range 0-2147483647"), "{text}: {message}");
+            assert!(message.starts_with("uids and gids must be in range 0-2147483647"), "{text}: {message}");
         }
         let nobody = User { uid: u32::MAX, gid: 1, ..Default::default() };
         assert!(Wanted::new(Some(&nobody), None).resolve_in(passwd, group).is_err());

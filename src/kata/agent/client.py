@@ -101,7 +101,7 @@ def command_error(message: str) -> CommandNotFoundError | CommandNotExecutableEr
 
 def hint_for(message: str) -> str:
     """The hint for an agent's refusal that is caused by a user's choice; empty for any other message."""
-    if message.startswith(("unable to find user", "unable to find group")):
+    if message.startswith(("unable to find user", "unable to find group", "uids and gids must be")):
         return "name one that the image's /etc/passwd and /etc/group have, or give a number"
     return ""
 

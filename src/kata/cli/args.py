@@ -156,7 +156,7 @@ class Command:
         while letters:
             name, letters = "-" + letters[0], letters[1:]
             option = self._find(by_name, name)
-            if option.kind == FLAG:
+            if option.kind == FLAG and letters[:1] != "=":  # -d=false
                 values[option.key] = True
                 continue
             self._store(values, option, name, queue, letters.removeprefix("=") if letters else None)

@@ -86,11 +86,11 @@ def _process(container: Container, arguments: Arguments) -> dict[str, Any]:
     merged.update(entry.partition("=")[::2] for entry in extra)
     process["env"] = [f"{key}={value}" for key, value in merged.items()]
     workdir = arguments.value("workdir")
-    if workdir is not None:
+    if workdir:
         if not workdir.startswith("/"):
             raise UsageError(f"--workdir {workdir!r} is not absolute", f"--workdir /{workdir}")
         process["cwd"] = workdir
-    user = arguments.value("user")
+    user = arguments.value("user") or None  # scripts give empty ones, which are none to Docker
     if user is not None:
         # The groups of --group-add are every process's, as in Docker.
         kept = {key: own for key, own in process["user"].items() if key == "additionalGids"}

@@ -117,8 +117,8 @@ _OPTIONS = [
     Option("--ip", "ADDRESS", "the container's IPv4 address in its network"),
     Option(
         "-p --publish",
-        "[IP:]HOST:GUEST[/PROTO]",
-        "make a port of the container reachable on the host",
+        "[[IP:]HOST:]GUEST[/PROTO]",
+        "make a port of the container reachable on the host; without HOST, at a free port",
         many=True,
     ),
     Option("-P --publish-all", "", "publish every port that the image exposes, on free ports of the host"),
@@ -386,7 +386,7 @@ def _commit(
 def _networks(arguments: Arguments) -> tuple[str, list[tuple[str, list[str], str]]]:
     """The network mode, and for each network with a name that, the aliases and the address that were asked for."""
     modes = ("user", "tap", "none")
-    given = arguments.many("network")
+    given = [one for one in arguments.many("network") if one]
     named = [one for one in dict.fromkeys(given) if one not in modes]
     aliases, address = arguments.many("network_alias"), arguments.value("ip")
     if not named:
@@ -513,10 +513,11 @@ class _Choice:
     def __init__(self, arguments: Arguments) -> None:
         a = arguments
         name, hostname, cpus, memory = (
-            a.value("name"),
-            a.value("hostname"),
-            a.value("cpus"),
-            a.value("memory"),
+            # Scripts give empty names, which are none to Docker, and its users write 0 for no limit.
+            a.value("name") or None,
+            a.value("hostname") or None,
+            values.limit(a.value("cpus")),
+            values.limit(a.value("memory")),
         )
         self.name = None if name is None else values.container_name(name)
         if name is None and a.flag("replace"):
@@ -535,6 +536,11 @@ class _Choice:
         if (self.ports or a.flag("publish_all")) and self.network == "none":
             raise UsageError("-p needs a network, and --network none has none", "leave out one of the two")
         storage_size = a.value("storage_size")
+        if storage_size is not None and self.storage != "disk":
+            raise UsageError(
+                f"--storage-size is about a file on the host, and --storage {self.storage} has none",
+                "leave out one of the two",
+            )
         self.storage_size = (
             DEFAULT_STORAGE if storage_size is None else values.size(storage_size, "--storage-size")
         )
@@ -629,11 +635,13 @@ class _Choice:
         Args:
             image: The ``config`` object of its configuration.
         """
-        if not self._arguments.flag("publish_all"):
+        every = self._arguments.flag("publish_all")
+        if not every and all(one["host_port"] for one in self.ports):
             return self.ports
-        from kata.cli.run_options import exposed_ports
+        from kata.cli import run_options
 
-        return [*self.ports, *exposed_ports(image.get("ExposedPorts") or {}, self.ports)]
+        exposed = run_options.exposed_ports(image.get("ExposedPorts") or {}, self.ports) if every else []
+        return run_options.with_host_ports([*self.ports, *exposed])
 
     def add_volumes(self, destinations: list[str]) -> None:
         """Add volumes on disks of their own, besides those of the options."""

@@ -73,6 +73,7 @@ class RunOptions:
         self._ulimits = [ulimit(text) for text in a.many("ulimit")]
         self._sysctls = dict(map(sysctl, a.many("sysctl")))
         shm_size, stop_timeout, tz = a.value("shm_size"), a.value("stop_timeout"), a.value("tz")
+        shm_size = values.limit(shm_size)
         self._shm_size = None if shm_size is None else values.size(shm_size, "--shm-size")
         self._stop_timeout = (
             None if stop_timeout is None else values.whole(stop_timeout, "--stop-timeout", least=0)
@@ -159,7 +160,7 @@ def labels(given: list[str], files: list[str]) -> dict[str, str]:
         given: Values of --label.
         files: Paths of files with one label a line, as for ``--env-file``.
     """
-    lines = []
+    lines: list[tuple[str, str]] = []
     for path in files:
         try:
             with open(path, encoding="utf-8-sig") as file:
@@ -169,12 +170,14 @@ def labels(given: list[str], files: list[str]) -> dict[str, str]:
             raise UsageError(
                 f"--label-file {path} cannot be read: {reason}", "give a text file of KEY=VALUE lines"
             ) from None
-        lines += [line.strip() for line in content.splitlines() if line.strip() and line.strip()[0] != "#"]
+        for number, line in enumerate(content.splitlines(), 1):
+            if line.strip() and line.strip()[0] != "#":
+                lines.append((line.strip(), f"--label-file {path}:{number}:"))
     found = {}
-    for text in [*lines, *given]:
+    for text, where in [*lines, *((text, "--label") for text in given)]:
         key, _, value = text.partition("=")
         if not key or any(character.isspace() for character in key):
-            raise UsageError(f"--label {text!r} is not a label", _LABEL_FORM)
+            raise UsageError(f"{where} {text!r} is not a label", _LABEL_FORM)
         found[key] = value
     return found
 
@@ -389,10 +392,12 @@ def zone_file(name: str) -> str:
 def _resources(a: Arguments) -> dict[str, Any]:
     """The limits of the specification's ``resources``."""
     found: dict[str, Any] = {}
-    shares = a.value("cpu_shares")
+    shares = values.limit(a.value("cpu_shares"))
     if shares is not None:
         found["cpu"] = {"shares": values.whole(shares, "--cpu-shares", least=2)}
-    reservation, swap, memory = a.value("memory_reservation"), a.value("memory_swap"), a.value("memory")
+    reservation, swap, memory = (
+        values.limit(a.value(key)) for key in ("memory_reservation", "memory_swap", "memory")
+    )
     limit = None if memory is None else values.size(memory, "--memory")
     if reservation is not None:
         wanted = values.size(reservation, "--memory-reservation")
@@ -418,36 +423,60 @@ def _resources(a: Arguments) -> dict[str, Any]:
 
 
 def exposed_ports(exposed: Iterable[str], published: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Choose a free port of the host for each port that an image exposes and ``-p`` does not publish.
+    """The ports that an image exposes and ``-p`` does not publish, as `values.port` returns them.
 
     Args:
         exposed: ``PORT`` or ``PORT/PROTO``, as in an image's configuration.
-        published: Ports that are published already, as `values.port` returns them.
+        published: Ports that are published already.
 
     Raises:
-        UsageError: The image's configuration has what is no port.
+        UsageError: The image's configuration has what is no port, or too many of them.
+    """
+    taken = {(one["guest_port"], one["proto"]) for one in published}
+    found = [
+        entry
+        for text in sorted(exposed)
+        for entry in values.port(text)
+        if (entry["guest_port"], entry["proto"]) not in taken
+    ]
+    if len(found) > _MOST_PORTS:
+        raise UsageError(
+            f"the image exposes more than {_MOST_PORTS} ports", "-p HOST:GUEST for those that are needed"
+        )
+    return found
+
+
+def with_host_ports(ports: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Choose a free port of the host for each port that has none.
+
+    Args:
+        ports: As `values.port` returns them.
+
+    Raises:
+        UsageError: There is no free one, or no such address on this host.
     """
     import socket
 
-    taken = {(one["guest_port"], one["proto"]) for one in published}
+    taken = {one["host_port"] for one in ports}
     found, held = [], []
     try:
-        for text in sorted(exposed):
-            for entry in values.port(text):
-                if (entry["guest_port"], entry["proto"]) in taken:
-                    continue
-                kind = socket.SOCK_DGRAM if entry["proto"] == "udp" else socket.SOCK_STREAM
-                held.append(socket.socket(socket.AF_INET, kind))  # held, so that none is chosen twice
-                held[-1].bind(("", 0))
-                found.append({**entry, "host_port": held[-1].getsockname()[1]})
-                if len(found) > _MOST_PORTS:
-                    raise UsageError(
-                        f"the image exposes more than {_MOST_PORTS} ports",
-                        "-p HOST:GUEST for those that are needed",
-                    )
+        for one in ports:
+            number = one["host_port"]
+            while number == 0 or (number in taken and one["host_port"] == 0):
+                kind = socket.SOCK_DGRAM if one["proto"] == "udp" else socket.SOCK_STREAM
+                family = socket.AF_INET6 if ":" in one["host_ip"] else socket.AF_INET
+                held.append(socket.socket(family, kind))  # held, so that none is chosen twice
+                held[-1].bind((one["host_ip"], 0))
+                number = held[-1].getsockname()[1]
+            found.append({**one, "host_port": number})
+    except OSError as error:
+        where = f" of {one['host_ip']}" if one["host_ip"] else ""
+        raise UsageError(
+            f"-p {one['guest_port']}: no free port{where} can be had: {error.strerror}", "-p HOST:GUEST"
+        ) from error
     finally:
-        for one in held:
-            one.close()
+        for each in held:
+            each.close()
     return found
 
 

@@ -42,11 +42,16 @@ def size(text: str, option: str) -> int:
     return int(number * _UNITS[unit])
 
 
+def limit(text: str | None) -> str | None:
+    """The value of a limit's option; None for no limit, which is also what 0 means."""
+    return None if text == "0" else text
+
+
 def container_memory(text: str) -> int:
     """Parse a limit on a container's memory to bytes."""
     found = size(text, "--memory")
     if found < 6 << 20:
-        raise UsageError(f"--memory {text!r} is below the minimum for a container, 6m")
+        raise UsageError(f"--memory {text!r} is below the minimum for a container, 6m", "-m 6m, or more")
     return found
 
 
@@ -74,7 +79,7 @@ def whole(text: str, option: str, *, least: int) -> int:
     except ValueError:
         number = least - 1
     if number < least:
-        raise UsageError(f"{option} {text!r} is not a whole number of at least {least}")
+        raise UsageError(f"{option} {text!r} is not a whole number of at least {least}", f"{option} {least}")
     return number
 
 
@@ -82,11 +87,11 @@ def port(text: str) -> list[dict[str, Any]]:
     """Parse ``[[IP:]HOST:]GUEST[/tcp|udp]``; each side is a port or a range, of equal length.
 
     Returns:
-        One entry for each port: host_ip ("" for all addresses), host_port, guest_port, proto. Without a host side, the
-        port on the host has the same number.
+        One entry for each port: host_ip ("" for all addresses), host_port (0 where any free one will do: without a host
+        side, as in Docker), guest_port, proto.
     """
     spec, _, proto = text.partition("/")
-    proto = proto or "tcp"
+    proto = proto.lower() or "tcp"
     host_ip = ""
     if spec.startswith("["):
         host_ip, _, spec = spec[1:].partition("]:")
@@ -100,12 +105,13 @@ def port(text: str) -> list[dict[str, Any]]:
         host_ip = parts[0]
         _check_address(host_ip, text)
     guest = _port_range(parts[-1], text, hint)
-    host = _port_range(parts[-2], text, hint) if len(parts) > 1 and parts[-2] else guest
+    outer = parts[-2] if len(parts) > 1 else ""
+    host = [0] * len(guest) if outer in ("", "0") else _port_range(outer, text, hint)
     if len(guest) != len(host):
         raise UsageError(f"-p {text!r}: the two port ranges differ in length", hint)
     return [
-        {"host_ip": host_ip, "host_port": outer, "guest_port": inner, "proto": proto}
-        for outer, inner in zip(host, guest, strict=True)
+        {"host_ip": host_ip, "host_port": number, "guest_port": inner, "proto": proto}
+        for number, inner in zip(host, guest, strict=True)
     ]
 
 
