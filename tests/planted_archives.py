@@ -108,6 +108,18 @@ def odd_headers() -> Image:
 
 
 @case
+def headers_without_a_member() -> Image:
+    """Extension headers without end, for whoever waits for what they are about."""
+    many = b"".join(made.pax({"path": b"bin/b"}) for _ in range(20))
+    data = entry("bin/a", b"x", mode=0o4755) + many + entry("bin/c", b"x", mode=0o4755)
+    few = b"".join(made.pax({"path": b"bin/other"}, kind) for kind in (b"x", b"x"))
+    return Image(
+        [raw(data), raw(few + entry("bin/c", b"x", mode=0o4755))],
+        [("set-uid", "/bin/a"), ("bad-layer", ""), ("set-uid", "/bin/other")],
+    )
+
+
+@case
 def data_behind_the_end() -> Image:
     data = raw(entry("bin/a", b"x", mode=0o4755)) + bytes(8192)
     return Image([data + entry("bin/evil", pem(), mode=0o4755)], [("set-uid", "/bin/a"), ("odd-member", "")])

@@ -76,7 +76,8 @@ fn secrets_of_configuration(image: &mut Image, config: &Value) {
             image.note("secret-in-configuration", b"", 0, format!("{what}: {} {}", secret.rule, secret.shown));
         }
     }
-    image.masks.sort();
+    // The longest first: what another one begins with would leave the rest of it to be seen.
+    image.masks.sort_by(|a, b| b.len().cmp(&a.len()).then_with(|| a.cmp(b)));
     image.masks.dedup();
 }
 

@@ -84,6 +84,8 @@ pub struct Image {
     buffer: Vec<u8>,
     /// Contents are compared with another image's.
     pub hashes: Option<u64>,
+    /// When no more is read.
+    pub end: Option<Instant>,
 }
 
 enum Stop {
@@ -115,6 +117,7 @@ impl Image {
             last: None,
             buffer: Vec::new(),
             hashes,
+            end: None,
         }
     }
 
@@ -152,6 +155,7 @@ impl Image {
         taken: &dyn Fn() -> u64,
     ) -> bool {
         let layer = self.layers.len() as u32;
+        self.end = Some(limits.end);
         let outcome = self.members(&mut archive, &mut facts, layer, limits, taken);
         let outcome = match outcome {
             // What follows the archive's end is part of the layer, and may be hidden data.
@@ -209,7 +213,9 @@ impl Image {
         let mut absolute = 0;
         loop {
             let member = archive.next()?;
-            let Some(member) = member else { break };
+            // By what has passed, and not by what a header claims: a lie is met at the end of the archive.
+            check(archive.stream.passed, limits, taken)?;
+            let Some(member) = member else { return Ok(()) };
             self.last = None;
             for text in std::mem::take(&mut archive.oddities) {
                 self.note("odd-member", &member.name, layer + 1, text);
@@ -233,10 +239,6 @@ impl Image {
             if self.tree.nodes.len() as u64 > MAX_NODES {
                 return Err(Stop::All("limit", "the image has more directories than are read".into()));
             }
-            if facts.entries % 64 == 0 || member.stored > LARGE {
-                // By what has passed, and not by what a header claims: a lie is met at the end of the archive.
-                self.check(archive.stream.passed, limits)?;
-            }
             facts.files += u64::from(member.kind == b'0');
             if let Err(problem) = self.member(archive, &member, layer) {
                 match problem {
@@ -254,39 +256,20 @@ impl Image {
                     Problem::TooLong => self.note("odd-name", &member.name, layer + 1, "its name is too long"),
                 }
             }
-            let (made, packed) = (archive.stream.passed, taken().max(1));
-            if made > BOMB_SIZE && made / packed > BOMB_RATIO {
-                return Err(Stop::Layer("archive-bomb", format!("{packed} bytes unpack to more than {made}")));
-            }
             if member.size > BOMB_SIZE && member.size / member.stored.max(1) > BOMB_RATIO {
                 let text = format!("a sparse file of {} bytes, of which {} are stored", member.size, member.stored);
                 self.note("archive-bomb", &member.name, layer + 1, text);
-            } else if member.stored > LARGE && self.skim(archive, limits, taken)? {
-                return Err(Stop::Layer("archive-bomb", format!("{packed} bytes unpack to more than {BOMB_SIZE}")));
+            } else if member.stored > LARGE {
+                self.skim(archive, limits, taken)?;
             }
         }
-        Ok(())
     }
 
-    /// Go past a large content in steps; true if it is one that was made to fill disks.
-    fn skim(&mut self, archive: &mut Archive, limits: &Limits, taken: &dyn Fn() -> u64) -> Result<bool, Stop> {
+    /// Go past a large content in steps.
+    fn skim(&mut self, archive: &mut Archive, limits: &Limits, taken: &dyn Fn() -> u64) -> Result<(), Stop> {
         let mut piece = vec![0; 1 << 20];
         while Dense(archive).read(&mut piece)? > 0 {
-            let made = archive.stream.passed;
-            self.check(made, limits)?;
-            if made > BOMB_SIZE && made / taken().max(1) > BOMB_RATIO {
-                return Ok(true);
-            }
-        }
-        Ok(false)
-    }
-
-    fn check(&self, passed: u64, limits: &Limits) -> Result<(), Stop> {
-        if passed > limits.bytes {
-            return Err(Stop::All("limit", "the image unpacks to more bytes than are read".into()));
-        }
-        if Instant::now() > limits.end {
-            return Err(Stop::All("limit", "there was no time to read all of it".into()));
+            check(archive.stream.passed, limits, taken)?;
         }
         Ok(())
     }
@@ -528,6 +511,10 @@ impl Image {
             }
             passed += piece.len() as u64;
             piece.clear();
+            // Who asks for the next member says that there was no time for this one.
+            if self.end.is_some_and(|end| Instant::now() > end) {
+                break;
+            }
             if passed < size {
                 reader.take(STEP).read_to_end(&mut piece)?;
             }
@@ -545,6 +532,21 @@ impl Image {
         }
         Ok(())
     }
+}
+
+/// Whether a layer may be read on: an error at a limit, and if it was made to fill disks.
+fn check(made: u64, limits: &Limits, taken: &dyn Fn() -> u64) -> Result<(), Stop> {
+    if made > limits.bytes {
+        return Err(Stop::All("limit", "the image unpacks to more bytes than are read".into()));
+    }
+    if Instant::now() > limits.end {
+        return Err(Stop::All("limit", "there was no time to read all of it".into()));
+    }
+    let packed = taken().max(1);
+    if made > BOMB_SIZE && made / packed > BOMB_RATIO {
+        return Err(Stop::Layer("archive-bomb", format!("{packed} bytes unpack to more than {BOMB_SIZE}")));
+    }
+    Ok(())
 }
 
 /// A hash whose key the image's maker does not know: two files of one hash have one content.
@@ -638,4 +640,73 @@ fn is_setting(path: &[u8]) -> bool {
     let name = path.rsplit(|byte| *byte == b'/').next().unwrap_or_default();
     (ENDS.iter().any(|end| name.ends_with(end)) || name.starts_with(b".env"))
         && !APART.iter().any(|part| elf::find(path, part).is_some())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    /// An archive of small files.
+    fn archive(count: usize) -> Vec<u8> {
+        let mut out = Vec::new();
+        for number in 0..count {
+            let mut block = [0; 512];
+            block[..6].copy_from_slice(format!("f{number:05}").as_bytes());
+            block[100..107].copy_from_slice(b"0000644");
+            block[124..135].copy_from_slice(b"00000000001");
+            block[148..156].fill(b' ');
+            block[156] = b'0';
+            let sum: u32 = block.iter().map(|byte| u32::from(*byte)).sum();
+            block[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+            out.extend(block);
+            out.extend([b'x'; 1]);
+            out.extend([0; 511]);
+        }
+        out.extend([0; 1024]);
+        out
+    }
+
+    fn read(data: Vec<u8>, bytes: u64, end: Instant) -> Image {
+        let mut image = Image::new(Value::Null, None);
+        let size = data.len() as u64;
+        let pieces = crate::stream::unpacked(Box::new(io::Cursor::new(data)), "plain").unwrap();
+        let mut limits = Limits { bytes, entries: 1000, end };
+        image.apply(Archive::new(pieces), LayerFacts::default(), &mut limits, &|| size);
+        image
+    }
+
+    #[test]
+    fn each_member_is_the_last_one_when_time_or_room_is_over() {
+        let later = Instant::now() + Duration::from_secs(60);
+        let image = read(archive(5), 1 << 20, later);
+        assert_eq!((image.layers[0].files, image.findings.len()), (5, 0));
+        // Two members and the header of the third one.
+        let image = read(archive(5), 2500, later);
+        assert_eq!((image.layers[0].files, image.findings[0].kind), (2, "limit"));
+        assert!(!image.layers[0].whole);
+        // What is too much may be the end of the last member.
+        let image = read(archive(5), 5 * 1024, later);
+        assert_eq!((image.layers[0].files, image.findings[0].kind), (5, "limit"));
+        let image = read(archive(5), 1 << 20, Instant::now());
+        assert_eq!((image.layers[0].files, image.findings[0].kind), (0, "limit"));
+    }
+
+    #[test]
+    fn one_large_file_does_not_outlast_the_time() {
+        struct Endless(u64);
+        impl Read for Endless {
+            fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+                buffer.fill(b'x');
+                self.0 += buffer.len() as u64;
+                Ok(buffer.len())
+            }
+        }
+        let mut image = Image::new(Value::Null, Some(1));
+        image.end = Some(Instant::now());
+        let id = image.tree.add(Node::new(Kind::File, 0o644, 0));
+        let mut reader = Endless(0);
+        image.read_content(b"/x", id, &mut reader, 1 << 50).unwrap();
+        assert!(reader.0 <= HEAD + STEP, "{}", reader.0);
+    }
 }

@@ -203,7 +203,7 @@ fn report(path: &str) -> io::Result<()> {
             image.note("bad-layer", b"", 0, "the inspector failed while it read the image: please report this");
             image
         });
-        report::write(&mut out, &mut image);
+        report::write(&mut out, &mut image, report::MAX_IMAGES / described.len().max(1));
         images.push(image);
     }
     out.close(']');

@@ -29,6 +29,7 @@ pub fn mount(device: &str, place: &str) -> io::Result<()> {
 pub fn read(image: &mut Image, root: &str, limits: &mut Limits) {
     let mut facts = LayerFacts { kind: "erofs".into(), whole: true, ..LayerFacts::default() };
     image.has_layers = false;
+    image.end = Some(limits.end);
     let mut inodes = std::collections::HashMap::new();
     let mut waiting = vec![(root.as_bytes().to_vec(), ROOT)];
     let mut problem = None;

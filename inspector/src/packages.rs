@@ -312,18 +312,27 @@ fn unpack(member: &ZipMember<'_>, most: usize) -> Option<Vec<u8>> {
     }
 }
 
+/// Unpack a member of an archive out of what all of the outermost one may take. Those that fail cost what they could
+/// have taken.
+fn charged(member: &ZipMember<'_>, most: usize, budget: &mut usize) -> Option<Vec<u8>> {
+    let most = most.min(*budget);
+    let made = unpack(member, most);
+    *budget -= made.as_ref().map_or(most, Vec::len).min(*budget);
+    made
+}
+
 fn java(name: &str, data: &[u8], within: &str, depth: u32, budget: &mut usize, found: &mut Vec<Package>) -> Option<()> {
     let members = zip(data)?;
     let mut own = Vec::new();
     let mut manifest = None;
     for member in &members {
-        if found.len() + own.len() >= MAX_PACKAGES {
+        if found.len() + own.len() >= MAX_PACKAGES || *budget == 0 {
             break;
         }
         if member.name == b"META-INF/MANIFEST.MF" {
-            manifest = unpack(member, MAX_MEMBER);
+            manifest = charged(member, MAX_MEMBER, budget);
         } else if member.name.starts_with(b"META-INF/maven/") && member.name.ends_with(b"/pom.properties") {
-            let Some(text) = unpack(member, MAX_MEMBER) else { continue };
+            let Some(text) = charged(member, MAX_MEMBER, budget) else { continue };
             let text = lossy(&text).into_owned();
             let value = |key: &str| {
                 text.lines()
@@ -340,8 +349,7 @@ fn java(name: &str, data: &[u8], within: &str, depth: u32, budget: &mut usize, f
                 own.push(one);
             }
         } else if depth < MAX_NESTING && is_java(member.name) {
-            if let Some(inner) = unpack(member, (*budget).min(64 << 20)) {
-                *budget -= inner.len().min(*budget);
+            if let Some(inner) = charged(member, 64 << 20, budget) {
                 let inner_name = lossy(member.name).into_owned();
                 let place = if within.is_empty() { inner_name.clone() } else { format!("{within}!{inner_name}") };
                 let short_name = inner_name.rsplit('/').next().unwrap_or_default().to_string();
@@ -454,6 +462,30 @@ mod tests {
         out.extend(start.to_le_bytes());
         out.extend([0, 0]);
         out
+    }
+
+    #[test]
+    fn what_is_within_archives_is_bounded_together() {
+        let data = miniz_oxide::deflate::compress_to_vec(&[7; 1000], 6);
+        let member = ZipMember { name: b"x", method: 8, size: 1000, data: &data };
+        let mut budget = 2500;
+        assert_eq!(charged(&member, 1500, &mut budget).map(|made| made.len()), Some(1000));
+        assert_eq!(budget, 1500);
+        // One that lies costs what it could have taken.
+        let liar = ZipMember { name: b"x", method: 8, size: 10, data: &data };
+        assert_eq!(charged(&liar, 900, &mut budget), None);
+        assert_eq!((charged(&member, 1500, &mut budget), budget), (None, 0));
+
+        let inner = stored(&[("META-INF/maven/g/a/pom.properties", b"groupId=g\nartifactId=a\nversion=1.2\n")]);
+        let all: Vec<String> = (0..9).map(|number| format!("lib/a{number}-1.2.jar")).collect();
+        let members: Vec<(&str, &[u8])> = all.iter().map(|name| (name.as_str(), inner.as_slice())).collect();
+        let outer = stored(&members);
+        let found = |mut budget: usize| {
+            let mut found = Vec::new();
+            java("o.jar", &outer, "", 0, &mut budget, &mut found);
+            found.iter().filter(|one| one.name == "g:a").count()
+        };
+        assert_eq!((found(1 << 20), found(inner.len() * 3)), (9, 2));
     }
 
     #[test]

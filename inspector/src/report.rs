@@ -15,9 +15,12 @@ const MAX_FOLDERS: usize = 30;
 const MAX_HIDDEN: usize = 100;
 const MAX_CHANGES: usize = 300;
 const MAX_MASKS: usize = 200;
-const MAX_MASK: usize = 10_000;
-/// The whole report stays below this, whatever the image holds.
-const MAX_REPORT: usize = 3 << 20;
+/// Characters of a mask, of which the host knows that more may follow.
+const MAX_MASK: usize = 1000;
+const MAX_MASKS_TOGETHER: usize = 256 << 10;
+/// What all images of a report may take together, whatever they hold. The host takes no report of more than 6 MiB, in
+/// which are also differences (600 KiB) and what a command did when it was started.
+pub const MAX_IMAGES: usize = 9 << 19;
 
 fn system(image: &Image) -> String {
     let id = image.tree.find(b"/etc/os-release", true).or_else(|| image.tree.find(b"/usr/lib/os-release", true));
@@ -68,8 +71,9 @@ fn numbers(out: &mut Writer, values: &[(&str, i64)]) {
     }
 }
 
-/// Write one image's part of the report.
-pub fn write(out: &mut Writer, image: &mut Image) {
+/// Write one image's part of the report, of `most` bytes: a third of it for findings, the rest for packages.
+pub fn write(out: &mut Writer, image: &mut Image, most: usize) {
+    let began = out.len();
     let start = configuration::check(image);
     let sums = findings::judge(image);
     out.open('{');
@@ -99,10 +103,20 @@ pub fn write(out: &mut Writer, image: &mut Image) {
     layers(out, image);
     out.key("masks");
     out.open('[');
+    let before = out.len();
+    let mut hidden_texts = 0;
     for text in image.masks.iter().take(MAX_MASKS) {
+        if out.len() - before > MAX_MASKS_TOGETHER {
+            break;
+        }
         out.text(&text.chars().take(MAX_MASK).collect::<String>());
+        hidden_texts += 1;
     }
     out.close(']');
+    if hidden_texts < image.masks.len() {
+        let text = format!("of {} secrets of the configuration, {hidden_texts} are hidden", image.masks.len());
+        image.note("limit", b"", 0, text);
+    }
     out.key("folders");
     out.open('[');
     let mut folders: Vec<_> = sums.folders.iter().collect();
@@ -144,8 +158,9 @@ pub fn write(out: &mut Writer, image: &mut Image) {
     out.close('}');
     out.key("findings");
     out.open('[');
+    let before = out.len();
     for finding in &image.findings {
-        if out.len() > MAX_REPORT / 2 {
+        if out.len() - before > most / 3 {
             break;
         }
         out.open('{');
@@ -159,7 +174,7 @@ pub fn write(out: &mut Writer, image: &mut Image) {
     out.key("packages");
     out.open('[');
     for (package, path, layer) in all.iter().take(MAX_PACKAGES) {
-        if out.len() > MAX_REPORT {
+        if out.len() - began > most {
             break;
         }
         out.open('{');

@@ -353,6 +353,9 @@ fn is_label(before: &[u8], separator: u8) -> bool {
     }
 }
 
+/// A value with more bytes than these is no secret.
+const LONGEST: usize = 512;
+
 /// The word or quoted text that begins at `from`, after spaces.
 fn value_at(line: &[u8], from: usize) -> Option<std::ops::Range<usize>> {
     let from = from + line[from..].iter().position(|byte| !matches!(byte, b' ' | b'\t'))?;
@@ -361,13 +364,15 @@ fn value_at(line: &[u8], from: usize) -> Option<std::ops::Range<usize>> {
         b'\'' => (from + 1, b"'"),
         _ => (from, b" \t\r,;<&\"'})"),
     };
-    let end = line[from..].iter().position(|byte| ends.contains(byte)).map_or(line.len(), |length| from + length);
+    // What is longer than a secret is none, wherever it ends.
+    let most = line.len().min(from + LONGEST + 1);
+    let end = line[from..most].iter().position(|byte| ends.contains(byte)).map_or(most, |length| from + length);
     Some(from..end)
 }
 
 /// Whether a value looks like a secret: long, mixed, and no name, path or place-holder.
 pub fn is_random(value: &[u8]) -> bool {
-    (10..=512).contains(&value.len())
+    (10..=LONGEST).contains(&value.len())
         && value.iter().all(|byte| byte.is_ascii_graphic())
         && !value.iter().any(|byte| matches!(byte, b'$' | b'{' | b'<' | b'(' | b'%' | b'`' | b'['))
         && !value.starts_with(b"/")
@@ -428,6 +433,15 @@ mod tests {
         let mut search = Search::new(&wide, false, 5);
         search.feed(&wide);
         assert_eq!(search.found.len(), 1);
+    }
+
+    #[test]
+    fn values_are_not_followed_further_than_secrets_reach() {
+        let long = [b"password=".as_slice(), &b"a1".repeat(50_000)].concat();
+        assert_eq!(value_at(&long, 9), Some(9..9 + LONGEST + 1));
+        assert_eq!(scan(&long, true, 10), []);
+        let fits = [b"password=".as_slice(), &b"Ab1c2d3e".repeat(LONGEST / 8)].concat();
+        assert_eq!(scan(&fits, true, 10)[0].shown, "Ab1c... (512 characters)");
     }
 
     #[test]

@@ -10,6 +10,8 @@ const BLOCK: usize = 512;
 const MAX_EXTENSION: u64 = 1 << 20;
 const MAX_SPARSE: usize = 100_000;
 const MAX_SIZE: u64 = 1 << 60;
+/// Of one member. Archives have at most one of each type.
+const MAX_HEADERS: usize = 16;
 const ARCHIVE_CUT: &str = "the archive is cut short";
 const BAD_MAP: &str = "the map of a sparse file is malformed";
 
@@ -137,6 +139,7 @@ impl Archive {
         (self.left, self.padding, self.size, self.at, self.is_sparse) = (0, 0, 0, 0, false);
         self.runs.clear();
         let mut extended = Extended::default();
+        let mut headers = 0;
         loop {
             let Some(block) = self.block()? else { return Ok(None) };
             if block.iter().all(|byte| *byte == 0) {
@@ -157,6 +160,10 @@ impl Archive {
             let size = number(&block[124..136])?;
             match block[156] {
                 b'x' | b'g' | b'L' | b'K' => {
+                    headers += 1;
+                    if headers > MAX_HEADERS {
+                        return Err(bad("a member has too many extension headers"));
+                    }
                     let data = self.extension(size)?;
                     match block[156] {
                         b'L' => extended.path = Some(text(&data)),

@@ -12,7 +12,7 @@ import planted_images
 import pytest
 from conftest import ROOT
 
-from kata.cli import inspect_image, inspect_kinds, inspect_schema
+from kata.cli import inspect_image, inspect_kinds, inspect_machine, inspect_schema
 from kata.images import handover, platform
 from kata.images.layout import Layout
 
@@ -29,6 +29,7 @@ def inspected(directory: Path, *layouts: Path) -> tuple[dict[str, Any], list[han
     done = subprocess.run(
         [PROGRAM, "report", directory / "image"], capture_output=True, timeout=120, check=True
     )
+    (directory / "report").write_bytes(done.stdout)
     return inspect_schema.parse(done.stdout, len(chosen)), chosen
 
 
@@ -69,3 +70,38 @@ def test_sparse_files_are_compared_by_what_they_hold(tmp_path: Path) -> None:
     ]
     content, _ = inspected(tmp_path, *layouts)
     assert [one["path"] for one in content["difference"]["files"]] == ["/a"]
+
+
+def test_two_images_full_of_findings_fit_into_one_report(tmp_path: Path) -> None:
+    import planted_files as made
+    from image_support import layer, member
+
+    status = "".join(made.deb(f"{number:05}-{'p' * 180}", "1" * 180) for number in range(12_000))
+    names = [f"srv/{'d' * 200}/{'e' * 200}/{number:04}" for number in range(450)]
+    members = [
+        *(member(name, mode=0o6777) for name in names),
+        *(member(f"{name}-link", "symlink", link="/proc/1/root") for name in names),
+        *(member(f"{name}-pipe", "fifo") for name in names),
+        member("var/lib/dpkg/status", content=status.encode()),
+    ]
+    variables = [f"PASSWORD_{number}={number}{'€' * 990}" for number in range(190)]
+    layout = planted_images.write(
+        planted_images.Image([layer(*members)], config={"Env": variables}), tmp_path / "layout"
+    )
+    content, _ = inspected(tmp_path, layout, layout)
+    for found in content["images"]:
+        assert 0 < len(found["findings"]) <= sum(found["counts"].values())
+        assert found["packages_found"] == 12_000
+        assert 1000 < len(found["packages"]) < 12_000
+        assert 50 < len(found["masks"]) < 190
+        assert found["counts"]["limit"] == 1
+    size = (tmp_path / "report").stat().st_size
+    assert 3 << 20 < size < inspect_machine.MAX_REPORT - (1 << 20)
+
+
+def test_a_mask_may_be_the_beginning_of_a_longer_one() -> None:
+    secret = "q7" * 1500
+    config = json.dumps({"config": {"Env": [f"X={secret}"], "Labels": {"a": f"x{secret[:998]}"}}})
+    shown = inspect_image.described(handover.Selection("x", "", config), [secret[:1000], "abcdefgh"])
+    assert shown["configuration"]["environment"] == ["X=q7q7... (3000 characters)"]
+    assert shown["configuration"]["labels"] == [f"a=x{secret[:499]}"]

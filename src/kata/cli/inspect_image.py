@@ -153,6 +153,8 @@ def _or_closed(name: str, source: Any, tag: str, platform: Platform) -> Selectio
 
 _READ = 4000
 """Characters of a string in which masks are looked for: all that is shown, and where a mask of it ends."""
+_WHOLE = 1000
+"""A mask of this many characters is the beginning of one: the machine sends no more."""
 
 
 def _pattern(masks: list[str]) -> re.Pattern[str] | None:
@@ -161,8 +163,7 @@ def _pattern(masks: list[str]) -> re.Pattern[str] | None:
 
     wanted = sorted({mask for mask in masks if len(mask) >= 6}, key=len, reverse=True)
     parts = [
-        re.escape(mask) if len(mask) <= _READ // 2 else re.escape(mask[: _READ // 2]) + "(?s:.*)"
-        for mask in wanted
+        re.escape(mask) if len(mask) < _WHOLE else re.escape(mask[:_WHOLE]) + "(?s:.*)" for mask in wanted
     ]
     return re.compile("|".join(parts)) if parts else None
 
