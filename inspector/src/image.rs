@@ -505,7 +505,7 @@ impl Image {
         let mut piece = std::mem::take(data);
         let mut passed = 0;
         while !piece.is_empty() && (passed < MAX_SCANNED || hash.is_some()) {
-            search.feed(&piece);
+            search.feed(&piece, passed + piece.len() as u64 >= size);
             if let Some(hash) = &mut hash {
                 hash.update(&piece);
             }

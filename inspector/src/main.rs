@@ -9,6 +9,7 @@ mod elf;
 mod extract;
 mod findings;
 mod image;
+mod inflate;
 mod json;
 mod mounted;
 mod packages;

@@ -113,16 +113,76 @@ const OVERLAP: usize = 4096;
 /// Lines that are longer than this are read to here.
 const MAX_LINE: usize = 64 << 10;
 
-/// For each two bytes, whether a rule begins with them.
-fn beginnings() -> &'static [bool; 65536] {
-    static TABLE: std::sync::OnceLock<Box<[bool; 65536]>> = std::sync::OnceLock::new();
-    TABLE.get_or_init(|| {
-        let mut table = Box::new([false; 65536]);
+/// Where two bytes of what is looked for are that other texts rarely have: a table over all pairs, whose entries are 0 or
+/// one more than a place in a list of (prefix, how far behind its beginning the pair is).
+struct Pairs {
+    table: Box<[u8; 65536]>,
+    places: Vec<Vec<(&'static [u8], usize)>>,
+}
+
+/// How common two bytes are next to one another, roughly.
+fn commonness(pair: &[u8]) -> u32 {
+    pair.iter().map(|byte| if byte.is_ascii_lowercase() || *byte == b'-' { 2 } else { 1 }).sum()
+}
+
+/// Of three bytes in a row, two begin at an even place: so it is enough to look at every second pair.
+fn pairs() -> &'static Pairs {
+    static PAIRS: std::sync::OnceLock<Pairs> = std::sync::OnceLock::new();
+    PAIRS.get_or_init(|| {
+        let mut made =
+            Pairs { table: vec![0; 65536].try_into().unwrap_or_else(|_| Box::new([0; 65536])), places: vec![] };
         for prefix in RULES.iter().map(|rule| rule.prefix).chain([PEM, PUTTY, b"://"]) {
-            table[usize::from(prefix[0]) << 8 | usize::from(prefix[1])] = true;
+            let rarest = (0..prefix.len() - 2)
+                .min_by_key(|at| commonness(&prefix[*at..at + 2]) + commonness(&prefix[at + 1..at + 3]));
+            let from = rarest.unwrap_or(0);
+            for at in [from, from + 1] {
+                let entry = &mut made.table[usize::from(prefix[at + 1]) << 8 | usize::from(prefix[at])];
+                if *entry == 0 {
+                    made.places.push(Vec::new());
+                    *entry = made.places.len() as u8;
+                }
+                made.places[usize::from(*entry) - 1].push((prefix, at));
+            }
         }
-        table
+        made
     })
+}
+
+/// Where anything begins that a rule is about, in order.
+fn beginnings(data: &[u8]) -> Vec<usize> {
+    let pairs = pairs();
+    let mut found: Vec<usize> = Vec::new();
+    let mut look = |at: usize, entry: u8| {
+        for (prefix, behind) in &pairs.places[usize::from(entry) - 1] {
+            if at.checked_sub(*behind).is_some_and(|start| data[start..].starts_with(prefix)) {
+                found.push(at - behind);
+            }
+        }
+    };
+    let of = |pair: u64| pairs.table[(pair & 0xffff) as usize];
+    let mut words = data.chunks_exact(8);
+    let mut at = 0;
+    for word in &mut words {
+        let word = u64::from_le_bytes(word.try_into().unwrap_or_default());
+        if of(word) | of(word >> 16) | of(word >> 32) | of(word >> 48) != 0 {
+            for step in 0..4 {
+                let entry = of(word >> (16 * step));
+                if entry != 0 {
+                    look(at + 2 * step, entry);
+                }
+            }
+        }
+        at += 8;
+    }
+    for pair in words.remainder().chunks_exact(2) {
+        let entry = of(u64::from(u16::from_le_bytes([pair[0], pair[1]])));
+        if entry != 0 {
+            look(at, entry);
+        }
+        at += 2;
+    }
+    found.sort_unstable();
+    found
 }
 
 /// Looks through a file that comes in pieces.
@@ -152,7 +212,8 @@ impl Search {
         }
     }
 
-    pub fn feed(&mut self, piece: &[u8]) {
+    /// Look at the next bytes. `is_last` says that none follow.
+    pub fn feed(&mut self, piece: &[u8], is_last: bool) {
         if self.found.len() >= self.most {
             return;
         }
@@ -176,6 +237,9 @@ impl Search {
             if !is_known && self.found.len() < self.most {
                 self.found.push(one);
             }
+        }
+        if is_last {
+            return;
         }
         let cut = window.len().saturating_sub(OVERLAP);
         self.lines += window[..cut].iter().filter(|byte| **byte == b'\n').count();
@@ -207,10 +271,9 @@ pub fn masked(text: &str, is_setting: bool) -> String {
 /// The same with the place of each.
 pub fn spans(data: &[u8], is_setting: bool, most: usize) -> Vec<(std::ops::Range<usize>, Secret)> {
     let mut found: Vec<(std::ops::Range<usize>, Secret)> = Vec::new();
-    let starts = beginnings();
     let mut next = 0;
-    for (at, pair) in data.windows(2).enumerate() {
-        if !starts[usize::from(pair[0]) << 8 | usize::from(pair[1])] || at < next {
+    for at in beginnings(data) {
+        if at < next {
             continue;
         }
         if found.len() >= most {
@@ -235,7 +298,7 @@ pub fn spans(data: &[u8], is_setting: bool, most: usize) -> Vec<(std::ops::Range
                 add(at + value.start..at + value.end, "password-in-address", shown);
                 next = at + value.end;
             }
-        } else if at == 0 || !word(data[at - 1]) || !alphanumeric(pair[0]) {
+        } else if at == 0 || !word(data[at - 1]) || !alphanumeric(data[at]) {
             for rule in RULES.iter().filter(|rule| rest.starts_with(rule.prefix)) {
                 let from = rule.prefix.len();
                 let length = rest[from..].iter().take(rule.most + 1).take_while(|byte| (rule.allowed)(**byte)).count();
@@ -423,7 +486,7 @@ mod tests {
         for size in [100, 4095, 5000, 15_010, 40_000] {
             let mut search = Search::new(&text, false, 5);
             for piece in text.chunks(size) {
-                search.feed(piece);
+                search.feed(piece, false);
             }
             let lines: Vec<usize> = search.found.iter().map(|one| one.line).collect();
             assert_eq!(lines, [3001], "{size}");
@@ -431,7 +494,7 @@ mod tests {
         let wide: Vec<u8> =
             [0xff, 0xfe].into_iter().chain("password=q7Wx9Zt2Lm4".bytes().flat_map(|b| [b, 0])).collect();
         let mut search = Search::new(&wide, false, 5);
-        search.feed(&wide);
+        search.feed(&wide, true);
         assert_eq!(search.found.len(), 1);
     }
 
@@ -442,6 +505,18 @@ mod tests {
         assert_eq!(scan(&long, true, 10), []);
         let fits = [b"password=".as_slice(), &b"Ab1c2d3e".repeat(LONGEST / 8)].concat();
         assert_eq!(scan(&fits, true, 10)[0].shown, "Ab1c... (512 characters)");
+    }
+
+    #[test]
+    fn whatever_is_looked_for_begins_anywhere() {
+        for prefix in RULES.iter().map(|rule| rule.prefix).chain([PEM, PUTTY, b"://"]) {
+            for before in 0..9 {
+                for after in 0..9 {
+                    let text = [&[b'.'].repeat(before), prefix, &[b'.'].repeat(after)].concat();
+                    assert!(beginnings(&text).contains(&before), "{before} {}", String::from_utf8_lossy(&text));
+                }
+            }
+        }
     }
 
     #[test]

@@ -5,14 +5,12 @@
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
-use std::sync::mpsc::{sync_channel, Receiver};
+use std::sync::mpsc::{channel, sync_channel, Receiver, Sender, SyncSender};
 use std::sync::{atomic::AtomicU64, atomic::Ordering, Arc};
 
-use miniz_oxide::inflate::core::{decompress, inflate_flags, DecompressorOxide};
-use miniz_oxide::inflate::TINFLStatus;
+use crate::inflate::{self, Input, Output, SLACK, WINDOW};
 
-const PIECE: usize = 256 << 10;
-const WINDOW: usize = 32 << 10;
+const PIECE: usize = 512 << 10;
 
 /// A part of a disk.
 pub struct Part {
@@ -62,62 +60,95 @@ pub fn kind_of(head: &[u8]) -> &'static str {
 
 /// The decompressed bytes of `source`, made by a thread of their own.
 pub fn unpacked(source: Box<dyn Read + Send>, kind: &str) -> io::Result<Pieces> {
-    let mut reader: Box<dyn Read + Send> = match kind {
-        "gzip" => Box::new(Gzip::new(source)),
-        "zstd" => Box::new(Zstd { source: io::BufReader::with_capacity(PIECE, source), decoder: None }),
-        "plain" => source,
+    let kind = match kind {
+        "gzip" | "zstd" | "plain" => kind.to_string(),
         other => return Err(io::Error::other(format!("{other} is no packing of the OCI specification"))),
     };
-    let (sender, receiver) = sync_channel(8);
-    std::thread::spawn(move || loop {
-        let mut piece = vec![0; PIECE];
-        let mut filled = 0;
-        let mut failure = None;
-        while filled < PIECE {
-            match reader.read(&mut piece[filled..]) {
-                Ok(0) => break,
-                Ok(done) => filled += done,
-                Err(error) => {
-                    failure = Some(error);
-                    break;
-                }
+    let (sender, receiver) = sync_channel(4);
+    let (back, spare) = channel();
+    std::thread::spawn(move || {
+        let mut sink = Sink { piece: vec![0; SIZE], at: WINDOW, from: WINDOW, sender, spare };
+        let outcome = match kind.as_str() {
+            "gzip" => gunzip(source, &mut sink),
+            "zstd" => copy(&mut Zstd { source: io::BufReader::with_capacity(PIECE, source), decoder: None }, &mut sink),
+            _ => copy(&mut { source }, &mut sink),
+        };
+        // What was made before an error is part of the stream, too. Nobody may be there any more to take it.
+        if sink.turn().is_ok() {
+            if let Err(error) = outcome {
+                let _ = sink.sender.send(Err(error));
             }
         }
-        let over = filled < PIECE;
-        piece.truncate(filled);
-        if !piece.is_empty() && sender.send(Ok(piece)).is_err() {
-            return;
-        }
-        if let Some(error) = failure {
-            let _ = sender.send(Err(error));
-            return;
-        }
-        if over {
-            return;
-        }
     });
-    Ok(Pieces { receiver, piece: Vec::new(), at: 0, passed: 0 })
+    Ok(Pieces { receiver, back, piece: Vec::new(), at: 0, end: 0, passed: 0 })
+}
+
+/// Bytes of a piece, behind as many as a match reaches back to.
+const SIZE: usize = WINDOW + PIECE + SLACK;
+
+/// Where a thread puts what it makes.
+struct Sink {
+    piece: Vec<u8>,
+    at: usize,
+    /// Where that begins which was not handed on yet.
+    from: usize,
+    sender: SyncSender<io::Result<(Vec<u8>, usize, usize)>>,
+    /// Pieces that were read: memory that the machine need not clear again.
+    spare: Receiver<Vec<u8>>,
+}
+
+impl Output for Sink {
+    fn parts(&mut self) -> (&mut [u8], usize) {
+        (&mut self.piece, self.at)
+    }
+
+    fn filled(&mut self, at: usize) {
+        self.at = at;
+    }
+
+    fn turn(&mut self) -> io::Result<()> {
+        let mut next = self.spare.try_recv().unwrap_or_else(|_| vec![0; SIZE]);
+        next[..WINDOW].copy_from_slice(&self.piece[self.at - WINDOW..self.at]);
+        let made = (std::mem::replace(&mut self.piece, next), self.from, self.at);
+        (self.at, self.from) = (WINDOW, WINDOW);
+        self.sender.send(Ok(made)).map_err(|_| io::ErrorKind::BrokenPipe.into())
+    }
+}
+
+fn copy(source: &mut dyn Read, sink: &mut Sink) -> io::Result<()> {
+    loop {
+        let done = source.read(&mut sink.piece[sink.at..])?;
+        if done == 0 {
+            return Ok(());
+        }
+        sink.at += done;
+        if sink.at == SIZE {
+            sink.turn()?;
+        }
+    }
 }
 
 /// What comes out of the thread.
 pub struct Pieces {
-    receiver: Receiver<io::Result<Vec<u8>>>,
+    receiver: Receiver<io::Result<(Vec<u8>, usize, usize)>>,
+    back: Sender<Vec<u8>>,
     piece: Vec<u8>,
     at: usize,
+    end: usize,
     /// How many bytes were read or skipped.
     pub passed: u64,
 }
 
 impl Pieces {
     fn fill(&mut self) -> io::Result<bool> {
-        while self.at == self.piece.len() {
-            match self.receiver.recv() {
-                Ok(piece) => {
-                    self.piece = piece?;
-                    self.at = 0;
-                }
-                Err(_) => return Ok(false),
+        while self.at == self.end {
+            let Ok(next) = self.receiver.recv() else { return Ok(false) };
+            let old = std::mem::take(&mut self.piece);
+            if !old.is_empty() {
+                let _ = self.back.send(old);
             }
+            (self.at, self.end) = (0, 0);
+            (self.piece, self.at, self.end) = next?;
         }
         Ok(true)
     }
@@ -126,7 +157,7 @@ impl Pieces {
     pub fn skip(&mut self, size: u64) -> io::Result<u64> {
         let mut left = size;
         while left > 0 && self.fill()? {
-            let step = left.min((self.piece.len() - self.at) as u64);
+            let step = left.min((self.end - self.at) as u64);
             self.at += usize::try_from(step).unwrap_or(0);
             left -= step;
         }
@@ -140,7 +171,7 @@ impl Read for Pieces {
         if buffer.is_empty() || !self.fill()? {
             return Ok(0);
         }
-        let step = buffer.len().min(self.piece.len() - self.at);
+        let step = buffer.len().min(self.end - self.at);
         buffer[..step].copy_from_slice(&self.piece[self.at..self.at + step]);
         self.at += step;
         self.passed += step as u64;
@@ -189,173 +220,97 @@ fn crc(mut sum: u32, data: &[u8]) -> u32 {
     words.remainder().iter().fold(sum, |sum, byte| sum >> 8 ^ CRC[0][usize::from(sum as u8 ^ byte)])
 }
 
-/// gzip, of one member or several.
-struct Gzip {
-    source: Box<dyn Read + Send>,
-    input: Vec<u8>,
+/// What follows in a gzip stream has to be there.
+fn needed(input: &mut Input) -> io::Result<u8> {
+    input.byte()?.ok_or_else(inflate::cut_short)
+}
+
+/// Read a member's header; false at the end of the stream.
+fn header(input: &mut Input) -> io::Result<bool> {
+    // Zeros between and behind members are padding, as for gzip(1).
+    let first = loop {
+        match input.byte()? {
+            None => return Ok(false),
+            Some(0) => {}
+            Some(byte) => break byte,
+        }
+    };
+    if first != 0x1f || needed(input)? != 0x8b || needed(input)? != 8 {
+        return Err(io::Error::other("what follows in the gzip stream is no gzip"));
+    }
+    let flags = needed(input)?;
+    for _ in 0..6 {
+        needed(input)?;
+    }
+    if flags & 4 != 0 {
+        let length = u16::from_le_bytes([needed(input)?, needed(input)?]);
+        for _ in 0..length {
+            needed(input)?;
+        }
+    }
+    for bit in [8, 16] {
+        if flags & bit != 0 {
+            while needed(input)? != 0 {}
+        }
+    }
+    if flags & 2 != 0 {
+        needed(input)?;
+        needed(input)?;
+    }
+    Ok(true)
+}
+
+/// A member's output on its way: its checksum (not yet inverted) and its length.
+struct Summed<'a> {
+    sink: &'a mut Sink,
     from: usize,
-    to: usize,
-    state: Box<DecompressorOxide>,
-    /// The last 32 KiB before `done`, then what was made since: twice the size of the window and a piece.
-    output: Vec<u8>,
-    at: usize,
-    given: usize,
-    stage: Stage,
-    /// Of the member's output until now: its checksum (not yet inverted), and its length.
     sum: u32,
     length: u32,
-    /// What went wrong behind the output that is still to be given.
-    failure: Option<io::Error>,
 }
 
-enum Stage {
-    Header,
-    Body,
-    Over,
-}
-
-impl Gzip {
-    fn new(source: Box<dyn Read + Send>) -> Gzip {
-        Gzip {
-            source,
-            input: vec![0; PIECE],
-            from: 0,
-            to: 0,
-            state: Box::default(),
-            output: vec![0; 4 * PIECE],
-            at: 0,
-            given: 0,
-            stage: Stage::Header,
-            sum: u32::MAX,
-            length: 0,
-            failure: None,
-        }
-    }
-
-    fn fail(&mut self, text: &str) {
-        self.failure = Some(io::Error::other(text.to_string()));
-    }
-
-    fn more(&mut self) -> io::Result<bool> {
-        self.input.copy_within(self.from..self.to, 0);
-        self.to -= self.from;
-        self.from = 0;
-        if self.to == self.input.len() {
-            return Ok(true);
-        }
-        let done = self.source.read(&mut self.input[self.to..])?;
-        self.to += done;
-        Ok(done > 0)
-    }
-
-    fn byte(&mut self) -> io::Result<Option<u8>> {
-        if self.from == self.to && !self.more()? {
-            return Ok(None);
-        }
-        self.from += 1;
-        Ok(Some(self.input[self.from - 1]))
-    }
-
-    fn needed(&mut self) -> io::Result<u8> {
-        self.byte()?.ok_or_else(|| io::Error::other("the gzip stream is cut short"))
-    }
-
-    /// Read a member's header; false at the end of the stream.
-    fn header(&mut self) -> io::Result<bool> {
-        // Zeros between and behind members are padding, as for gzip(1).
-        let first = loop {
-            match self.byte()? {
-                None => return Ok(false),
-                Some(0) => {}
-                Some(byte) => break byte,
-            }
-        };
-        if first != 0x1f || self.needed()? != 0x8b || self.needed()? != 8 {
-            return Err(io::Error::other("what follows in the gzip stream is no gzip"));
-        }
-        let flags = self.needed()?;
-        for _ in 0..6 {
-            self.needed()?;
-        }
-        if flags & 4 != 0 {
-            let length = u16::from_le_bytes([self.needed()?, self.needed()?]);
-            for _ in 0..length {
-                self.needed()?;
-            }
-        }
-        for bit in [8, 16] {
-            if flags & bit != 0 {
-                while self.needed()? != 0 {}
-            }
-        }
-        if flags & 2 != 0 {
-            self.needed()?;
-            self.needed()?;
-        }
-        Ok(true)
+impl Summed<'_> {
+    fn add(&mut self) {
+        let made = &self.sink.piece[self.from..self.sink.at];
+        self.sum = crc(self.sum, made);
+        self.length = self.length.wrapping_add(made.len() as u32);
+        self.from = self.sink.at;
     }
 }
 
-impl Read for Gzip {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        loop {
-            if self.given < self.at {
-                let step = buffer.len().min(self.at - self.given);
-                buffer[..step].copy_from_slice(&self.output[self.given..self.given + step]);
-                self.given += step;
-                return Ok(step);
-            }
-            if let Some(error) = self.failure.take() {
-                return Err(error);
-            }
-            match self.stage {
-                Stage::Over => return Ok(0),
-                Stage::Header => {
-                    if !self.header()? {
-                        self.stage = Stage::Over;
-                        return Ok(0);
-                    }
-                    self.state.init();
-                    (self.sum, self.length) = (u32::MAX, 0);
-                    self.stage = Stage::Body;
-                }
-                Stage::Body => {
-                    if self.at > self.output.len() - PIECE {
-                        self.output.copy_within(self.at - WINDOW..self.at, 0);
-                        self.at = WINDOW;
-                        self.given = WINDOW;
-                    }
-                    let mut last = false;
-                    if self.from == self.to {
-                        last = !self.more()?;
-                    }
-                    let flags = inflate_flags::TINFL_FLAG_USING_NON_WRAPPING_OUTPUT_BUF
-                        | if last { 0 } else { inflate_flags::TINFL_FLAG_HAS_MORE_INPUT };
-                    let (status, taken, made) =
-                        decompress(&mut self.state, &self.input[self.from..self.to], &mut self.output, self.at, flags);
-                    self.from += taken;
-                    self.sum = crc(self.sum, &self.output[self.at..self.at + made]);
-                    self.length = self.length.wrapping_add(made as u32);
-                    self.at += made;
-                    match status {
-                        TINFLStatus::Done => {
-                            let mut trailer = [0; 8];
-                            for byte in &mut trailer {
-                                *byte = self.needed()?;
-                            }
-                            if trailer[..4] != (!self.sum).to_le_bytes() || trailer[4..] != self.length.to_le_bytes() {
-                                self.fail("the gzip stream has a wrong checksum");
-                            }
-                            self.stage = Stage::Header;
-                        }
-                        TINFLStatus::NeedsMoreInput | TINFLStatus::HasMoreOutput => {}
-                        TINFLStatus::FailedCannotMakeProgress => self.fail("the gzip stream is cut short"),
-                        _ => self.fail("the gzip stream is damaged"),
-                    }
-                }
-            }
+impl Output for Summed<'_> {
+    fn parts(&mut self) -> (&mut [u8], usize) {
+        self.sink.parts()
+    }
+
+    fn filled(&mut self, at: usize) {
+        self.sink.at = at;
+    }
+
+    fn turn(&mut self) -> io::Result<()> {
+        self.add();
+        self.from = WINDOW;
+        self.sink.turn()
+    }
+}
+
+/// Unpack gzip, of one member or several.
+fn gunzip(source: Box<dyn Read + Send>, sink: &mut Sink) -> io::Result<()> {
+    let mut input = Input::new(source);
+    let mut tables = Box::<inflate::Tables>::default();
+    while header(&mut input)? {
+        let floor = sink.at;
+        let mut output = Summed { from: floor, sink, sum: u32::MAX, length: 0 };
+        inflate::inflate(&mut input, &mut output, &mut tables, floor)?;
+        output.add();
+        let mut trailer = [0; 8];
+        for byte in &mut trailer {
+            *byte = needed(&mut input)?;
+        }
+        if trailer[..4] != (!output.sum).to_le_bytes() || trailer[4..] != output.length.to_le_bytes() {
+            return Err(io::Error::other("the gzip stream has a wrong checksum"));
         }
     }
+    Ok(())
 }
 
 /// zstd, of one frame or several.
