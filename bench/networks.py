@@ -35,7 +35,7 @@ from start import IMAGE, KATA, unpack  # noqa: E402
 
 from kata import sysio  # noqa: E402
 from kata.journal import Journal  # noqa: E402
-from kata.network import bridge, resolver, user  # noqa: E402
+from kata.network import bridge, held, members, resolver, user  # noqa: E402
 from kata.settings import EndpointSettings  # noqa: E402
 
 PORT = "7007"
@@ -322,9 +322,15 @@ def _engine(host: Host, times: int) -> tuple[float, float]:
     journal = Journal.create_dir(os.path.dirname(network), identity, {"client": "kata", "id": "bench"})
     took: list[list[float]] = [[], []]
     try:
-        bridge.make(network, journal)
+        os.mkdir(members.directory(network))
+        namespace = held.make()
         one = EndpointSettings(
-            network="bench", path=network, address="10.210.0.2", prefix=24, mac="02:00:00:00:00:09"
+            network="bench",
+            path=network,
+            namespace=held.Holder.own(namespace).path,
+            address="10.210.0.2",
+            prefix=24,
+            mac="02:00:00:00:00:09",
         )
         seen = user.HostNetwork(True, False, resolver.parse(""))
         for _ in range(times):

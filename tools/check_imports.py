@@ -12,7 +12,7 @@ others or a higher one::
     trace_export rootless
     children config management
     ttrpc oci journal crash metrics confinement
-    proto own_ids given_paths
+    proto own_ids own_namespace given_paths
     acl bpf deferred errors events paths pci_driver launcher host_cache settings sysio suppress json_text tracing
 
 Within a part modules may import one another, but never in a circle, be it by way of types alone: whoever reads one of
@@ -43,7 +43,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("trace_export", "rootless"),
     ("children", "config", "management"),
     ("ttrpc", "oci", "journal", "crash", "metrics", "confinement"),
-    ("proto", "own_ids", "given_paths"),
+    ("proto", "own_ids", "own_namespace", "given_paths"),
     (
         "acl",
         "bpf",

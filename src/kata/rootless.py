@@ -5,9 +5,9 @@ them (newuidmap, newgidmap: Debian's package ``uidmap``), these are its other us
 their own then, and files in volumes keep their owners. Elsewhere one id is mapped, and nobody else is there. Images
 need no more in any case, since their files' owners are in file systems that the guest reads.
 
-Each command makes a namespace of its own, with the same ids. Engines are reached over their sockets, which belong to
-the user, and whose other end the kernel names by the user's id in the engine's namespace: 0 there, as for the user's
-other commands.
+Each command makes a namespace of its own, with the same ids; users who have networks with names have one for all of
+their commands and engines (`kata.own_namespace`). Engines are reached over their sockets, which belong to the user, and
+whose other end the kernel names by the user's id in the engine's namespace: 0 there, as for the user's other commands.
 
 Podman has made such a namespace already when it calls ``kata-runtime``: `settle_inside`.
 
@@ -21,7 +21,7 @@ from __future__ import annotations
 import os
 import stat
 
-from kata import children, sysio
+from kata import children, own_namespace, sysio
 from kata.errors import HostError
 
 TYPE_CHECKING = False
@@ -39,6 +39,7 @@ lacks = ""
 """Why the namespace has one id only; empty where it has more. Once `enter` has returned."""
 _SYSTEM_GUEST = "/var/lib/kata/guest"
 _MANIFEST = "guest.json"
+_ONE_ID = "those of this user's containers that run were started so"
 _HINT = (
     "The host has to allow it: sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone (Debian),"
     " kernel.apparmor_restrict_unprivileged_userns (Ubuntu). Or run it as root."
@@ -114,29 +115,52 @@ def _runtime_dir(own_user: int) -> str:
 
 
 def enter() -> None:
-    """Go into a new user namespace, as its root, and into a new mount namespace. This process has one thread.
+    """Go into a user namespace, as its root, and into a new mount namespace. This process has one thread.
+
+    The user namespace is a new one, or that of this user's networks.
 
     Raises:
         HostError: The host does not let this user make one.
     """
     global user, refusal, lacks
+    own_user = os.geteuid()
+    try:
+        if own_namespace.has_networks():
+            with own_namespace.Companions() as companions:
+                if companions.join():
+                    lacks = _ONE_ID if len(sysio.id_map("uid")) == 1 else ""
+                else:
+                    _make()
+                companions.add()
+        else:
+            _make()
+        sysio.unshare(sysio.CLONE_NEWNS)
+        sysio.mount(None, "/", None, sysio.MS_REC | sysio.MS_SLAVE)
+    except OSError as error:
+        refusal = HostError(f"cannot make a user namespace for user {own_user}: {error.strerror}", _HINT)
+        raise refusal from error
+    user = own_user
+
+
+def _make() -> None:
+    """Make a user namespace, and go into it.
+
+    Raises:
+        OSError: The host does not let this user.
+    """
+    global lacks
     own_user, group = os.geteuid(), os.getegid()
     mapping = _Mapping(own_user, group)
     try:
-        sysio.unshare(sysio.CLONE_NEWUSER | sysio.CLONE_NEWNS)
+        sysio.unshare(sysio.CLONE_NEWUSER)
         lacks = mapping.make()
         if not sysio.read_file("/proc/self/gid_map").strip():
             _write("/proc/self/setgroups", "deny")  # before gid_map, or the user may not write it
             _write("/proc/self/gid_map", f"0 {group} 1")
         if not sysio.read_file("/proc/self/uid_map").strip():
             _write("/proc/self/uid_map", f"0 {own_user} 1")
-        sysio.mount(None, "/", None, sysio.MS_REC | sysio.MS_SLAVE)
-    except OSError as error:
-        refusal = HostError(f"cannot make a user namespace for user {own_user}: {error.strerror}", _HINT)
-        raise refusal from error
     finally:
         mapping.close()
-    user = own_user
 
 
 class _Mapping:

@@ -504,20 +504,30 @@ class EndpointSettings(Part):
 
     Args:
         network: The network's name.
-        path: The network's directory, with its namespace.
+        path: The network's directory.
+        namespace: Where the network's namespace can be opened until this sandbox has joined it.
         address: IPv4 address of the guest in it.
         prefix: Length of the network's prefix, bits.
         mac: Hardware address of the guest's interface.
         names: By which the others of the network find it, the container's own first.
     """
 
-    __slots__ = ("address", "mac", "names", "network", "path", "prefix")
+    __slots__ = ("address", "mac", "names", "namespace", "network", "path", "prefix")
 
     def __init__(
-        self, *, network: str, path: str, address: str, prefix: int, mac: str, names: Sequence[str] = ()
+        self,
+        *,
+        network: str,
+        path: str,
+        namespace: str,
+        address: str,
+        prefix: int,
+        mac: str,
+        names: Sequence[str] = (),
     ) -> None:
         self.network = network
         self.path = path
+        self.namespace = namespace
         self.address = address
         self.prefix = prefix
         self.mac = mac

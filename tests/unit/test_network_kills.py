@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -20,13 +21,14 @@ import pytest
 from kata import journal_undo, paths, sysio
 from kata.cli import main, networks
 from kata.journal import Journal
-from kata.network import bridge, members, resolver, user
+from kata.network import bridge, held, members, resolver, user
 from kata.settings import EndpointSettings
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="makes network namespaces")
 
 _MODULES = (
     "bridge.py",
+    "held.py",
     "networks.py",
     "journal.py",
     "journal_undo.py",
@@ -47,9 +49,7 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     try:
         yield
     finally:
-        for mount in sysio.mounts():
-            if mount.target.startswith(f"{tmp_path}/"):
-                sysio.umount2(mount.target)
+        networks.let_go()
 
 
 def _traced(work: Callable[[], None], kill_at: int) -> int:
@@ -72,6 +72,7 @@ def _traced(work: Callable[[], None], kill_at: int) -> int:
                         os.kill(os.getpid(), signal.SIGKILL)
                 return trace
 
+            threading.settrace(trace)
             sys.settrace(trace)
             work()
             sys.settrace(None)
@@ -106,6 +107,7 @@ def _nothing_left() -> None:
         assert found == []
     below = f"{paths.run_dir()}/"
     assert [mount.target for mount in sysio.mounts() if mount.target.startswith(below)] == []
+    networks.let_go()
 
 
 def _removed(name: str) -> None:
@@ -118,7 +120,7 @@ def _removed(name: str) -> None:
 
 def _make() -> None:
     with networks.locked():
-        networks._make(networks.create("front", "10.5.0.0/24"))
+        networks._hold(networks.create("front", "10.5.0.0/24"))
 
 
 def test_making_a_network() -> None:
@@ -129,8 +131,8 @@ def test_a_network_is_made_in_full_after_a_making_that_was_killed() -> None:
     def make_again() -> None:
         with networks.locked():
             record = networks.load("front") or networks.create("front", "10.5.0.0/24")
-            networks._make(record)
-        assert bridge.is_made(networks.runtime_dir(record))
+            holder = networks._hold(record)
+        assert _links(holder.path) == set()
         _removed("front")
 
     _killed_everywhere(_make, lambda: None, make_again)
@@ -147,21 +149,21 @@ def test_removing_a_network() -> None:
     _killed_everywhere(remove, _make, again)
 
 
-def _links(network: str) -> set[str]:
-    there = sysio.Fd(os.open(bridge.namespace(network), os.O_RDONLY | os.O_CLOEXEC))
+def _links(namespace: str) -> set[str]:
+    there = sysio.Fd(os.open(namespace, os.O_RDONLY | os.O_CLOEXEC))
     with there, bridge._inside(there) as rtnl:
-        return {link.name for link in rtnl.links()} - {"lo", bridge.BRIDGE}
+        return {link.name for link in rtnl.links()} - {"lo", held.BRIDGE}
 
 
 def test_an_engine_in_networks(tmp_path: Path) -> None:
     with networks.locked():
         records = [networks.create("front", "10.5.0.0/24"), networks.create("back", "10.6.0.0/24")]
-        for record in records:
-            networks._make(record)
+        namespaces = [networks._hold(record).path for record in records]
     front, back = (
         EndpointSettings(
             network=record["name"],
             path=networks.runtime_dir(record),
+            namespace=namespaces[number],
             address=f"10.{5 + number}.0.2",
             prefix=24,
             mac=f"02:00:00:00:00:0{number}",
@@ -178,14 +180,14 @@ def test_an_engine_in_networks(tmp_path: Path) -> None:
         plan.journal = journal
         nics = plan.setup_nics(_MOST)
         plan.start(journal, "one")
-        assert len(_links(front.path)) == _MOST - 1
-        plan.connect(back, bridge.namespace(back.path))
-        assert len(_links(front.path)) == _MOST - 2
+        assert len(_links(front.namespace)) == _MOST - 1
+        plan.connect(back)
+        assert len(_links(front.namespace)) == _MOST - 2
         assert [one.names for one in members.living(back.path)] == [["one"]]
         plan.disconnect("front")
         assert members.living(front.path) == []
         plan.disconnect("back")
-        plan.connect(back, bridge.namespace(back.path))
+        plan.connect(back)
         plan.stop()
         for nic in nics:
             nic.close()
@@ -194,7 +196,7 @@ def test_an_engine_in_networks(tmp_path: Path) -> None:
     def after() -> None:
         for one in (front, back):
             assert members.living(one.path) == []
-            assert _links(one.path) == set()
+            assert _links(one.namespace) == set()
         assert main.main(["gc"]) == 0
         for one in (front, back):
             assert os.listdir(members.directory(one.path)) == []

@@ -54,7 +54,9 @@ def sandbox(**changed: Any) -> SandboxSettings:
 
 # ---- which starts ----
 
-ENDPOINT = EndpointSettings(network="n", path="/n", address="10.1.1.2", prefix=24, mac="02:00:00:00:00:01")
+ENDPOINT = EndpointSettings(
+    network="n", path="/n", namespace="/proc/1/fd/9", address="10.1.1.2", prefix=24, mac="02:00:00:00:00:01"
+)
 REASONS: dict[str, tuple[dict[str, Any], str]] = {
     "none": ({}, ""),
     "user": ({"network": NetworkSettings(mode="user")}, ""),

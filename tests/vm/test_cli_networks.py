@@ -9,15 +9,14 @@ import signal
 import socket
 import urllib.request
 from collections.abc import Iterator
+from concurrent import futures
 
 import pytest
-from cli_support import container, needs_root
+from cli_support import container
 from conftest import Kata
 from waiting import until
 
-from kata import sysio
-
-pytestmark = needs_root
+from kata.network import held
 
 SERVE = "mkdir /www; hostname > /www/index.html; httpd -p 80 -h /www; sleep 1000000"
 
@@ -144,23 +143,47 @@ def test_an_internal_network_leads_nowhere(shared_kata: Kata, busybox_image: str
         kata.ok("network", "rm", "inner")
 
 
-def test_a_network_is_gone_with_its_namespace(shared_kata: Kata, busybox_image: str) -> None:
+def test_containers_that_start_at_the_same_time_meet(
+    shared_kata: Kata, busybox_image: str, networks: list[str]
+) -> None:
+    """Nobody has the network's namespace before, nor an ordinary user the user namespace that it belongs to."""
     kata = shared_kata
-    run_dir = kata.run_dir
+
+    def start(name: str) -> None:
+        kata.ok(
+            "run", "-d", "--name", name, "--network", "front", "-h", name, busybox_image, "sh", "-c", SERVE
+        )
+
+    try:
+        with futures.ThreadPoolExecutor(2) as pool:
+            list(pool.map(start, ("ta", "tb")))
+        until(lambda: _sh(kata, "ta", "wget -qO- http://tb/") == "tb\n", "the page of tb")
+        until(lambda: _sh(kata, "tb", "wget -qO- http://ta/") == "ta\n", "the page of ta")
+    finally:
+        kata.call("rm", "-f", "ta", "tb")
+
+
+def test_a_network_leaves_nothing(shared_kata: Kata, busybox_image: str) -> None:
+    kata = shared_kata
     identity = kata.ok("network", "create", "--subnet", "10.99.1.0/24", "gone").strip()
+    directory = kata.run_dir / "networks" / identity
     try:
         said = kata.ok(
             "run", "--rm", "--network", "gone", "--ip", "10.99.1.77", busybox_image, "ip", "-4", "addr"
         )
         assert "10.99.1.77/24" in said
-        path = run_dir / "networks" / identity / "netns"
-        assert sysio.mount_at(str(path)) is not None
-        assert list((path.parent / "members").iterdir()) == []
+        # Its namespace has ended with its only member, and it is a network none the less.
+        known = json.loads((directory / "network.json").read_text())
+        assert [one for one in known["holders"] if held.Holder(*one).open() is not None] == []
+        assert list((directory / "members").iterdir()) == []
         kata.ok("gc")
-        assert sysio.mount_at(str(path)) is not None
+        assert directory.is_dir()
+        assert "10.99.1.2/24" in kata.ok(
+            "run", "--rm", "--network", "gone", busybox_image, "ip", "-4", "addr"
+        )
     finally:
         kata.ok("network", "rm", "gone")
-    assert not path.parent.exists()
+    assert not directory.exists()
     missing = kata.call("run", "--rm", "--network", "gone", busybox_image, "true")
     assert missing.returncode == 125
     assert b"there is no network 'gone'" in missing.stderr

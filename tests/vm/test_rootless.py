@@ -440,6 +440,8 @@ OF_THE_LANE = (
     "test_cli_run.py::test_volumes_of_an_image",
     "test_cli_life.py::test_stop_is_graceful_and_start_keeps_the_files",
     "test_cli_cp.py::test_cp_does_not_follow_a_containers_links_out",
+    "test_cli_networks.py::test_names_isolation_and_what_a_killed_engine_leaves",
+    "test_cli_networks.py::test_containers_that_start_at_the_same_time_meet",
 )
 """A part of what `make test-user` runs."""
 

@@ -103,6 +103,7 @@ _PORT = {"host_port": VALUE, "guest_port": VALUE, "host_ip": VALUE, "proto": VAL
 _ENDPOINT = {
     "network": VALUE,
     "path": VALUE,
+    "namespace": VALUE,
     "address": VALUE,
     "prefix": VALUE,
     "mac": VALUE,

@@ -5,9 +5,10 @@ What is known of a network is a directory, ``$KATA_STATE_DIR/networks/<name>``::
     network.json   its id, labels, subnet, time of creation
     journal        what has to be undone to remove it
 
-What there is of it on the host until the next reboot is another, ``$KATA_RUN_DIR/networks/<id>``: its network namespace
-with the bridge (`kata.network.bridge`), made when the first container is started, and the members' files. Both stay
-until the network is removed. A container has its address from when it is made, so that none changes.
+What there is of it on the host until the next reboot is another, ``$KATA_RUN_DIR/networks/<id>``: the members' files,
+and the record once more, with the commands that have its namespace open (`kata.network.held`). That is made when the
+first container is started, and ends with the last. A container has its address from when it is made, so that none
+changes.
 """
 
 from __future__ import annotations
@@ -16,10 +17,9 @@ import os
 
 from kata import paths
 from kata.cli import records
-from kata.errors import AlreadyExistsError, JournalError, NotFoundError, StateError, UsageError
+from kata.errors import AlreadyExistsError, HostError, JournalError, NotFoundError, StateError, UsageError
 from kata.journal import Journal
-from kata.network import bridge
-from kata.sysio import Fd
+from kata.network import held, members
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from kata.settings import EndpointSettings
+    from kata.sysio import Fd
 
 _RECORD = "network.json"
 _NAME = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
@@ -268,10 +269,11 @@ def _endpoint(container: records.Container, one: dict[str, Any]) -> EndpointSett
             f"the network {one['network']} of container {container.name} is gone",
             f"kata network disconnect {one['network']} {container.name}",
         )
-    _make(record)
+    holder = _hold(record)
     return EndpointSettings(
         network=one["network"],
         path=runtime_dir(record),
+        namespace=holder.path,
         address=one["address"],
         prefix=subnet.prefixlen,
         mac=one["mac"],
@@ -335,9 +337,8 @@ def connect(reference: str, container: records.Container, aliases: list[str], ad
     from kata.engine.client import EngineClient
 
     endpoint = _endpoint(container, more[-1])
-    there = Fd(os.open(bridge.namespace(endpoint.path), os.O_RDONLY | os.O_CLOEXEC))
-    with there, EngineClient(container.socket) as engine:
-        engine.connect_network(endpoint, f"/proc/{os.getpid()}/fd/{there.raw}")
+    with EngineClient(container.socket) as engine:
+        engine.connect_network(endpoint)
     _keep(container, more)
 
 
@@ -398,25 +399,77 @@ def _keep(container: records.Container, places: list[dict[str, Any]]) -> None:
     records.change(container, networks=places)
 
 
-def _make(record: dict[str, Any]) -> None:
-    """Have a network's namespace on this host."""
+_held: dict[str, Fd] = {}
+"""The namespaces that this command has open, by the network's id. They stay so until it ends: it does not know how far
+an engine that it has started has got."""
+
+
+def let_go() -> None:
+    """Hold no namespace any longer."""
+    while _held:
+        _held.popitem()[1].close()
+
+
+def _hold(record: dict[str, Any]) -> held.Holder:
+    """Have a network's namespace open in this process; make it if nobody has it. The caller holds the lock.
+
+    Raises:
+        HostError: It cannot be made; or who has it is out of reach.
+    """
+    path = runtime_dir(record)
+    known = records.read_json(os.path.join(path, _RECORD))
+    holders = [found for one in known.get("holders") or () if (found := held.Holder.read(one)) is not None]
+    namespace = _held.get(record["id"])
+    if namespace is None:
+        members_have = [one.holder for one in members.living(path) if one.holder is not None]
+        try:
+            namespace = held.open_any([*members_have, *holders])
+        except PermissionError as error:
+            raise HostError(
+                f"the network {record['name']} is in another user namespace, where who is in it was started from",
+                f"try again; if that fails, stop the containers that kata network inspect {record['name']} shows",
+            ) from error
+        if namespace is None:
+            namespace, known, holders = _make(record), record, []
+        _held[record["id"]] = namespace
+    own = held.Holder.own(namespace)
+    kept = [one for one in holders if one.pid != own.pid and one.alive()]
+    plain = [one.plain for one in [*kept, own]]
+    records.write_json(os.path.join(path, _RECORD), {**known, "holders": plain})
+    return own
+
+
+def _make(record: dict[str, Any]) -> Fd:
+    """Make a network's namespace, and its directory unless there is one from before."""
     from kata import journal_undo
 
     path = runtime_dir(record)
-    if os.path.isfile(os.path.join(path, _RECORD)) and bridge.is_made(path):
-        return
-    if os.path.isdir(path):  # from before a reboot, or of a process that was killed
+    if os.path.isdir(
+        path
+    ):  # whose members have ended; or from before a reboot, or of a process that was killed
         _clear(path, record["name"])
-    meta = {"client": "kata", "kind": "network", "id": record["name"]}
-    journal = Journal.create_dir(os.path.dirname(path), record["id"], meta)
     try:
-        bridge.make(path, journal)
-        records.write_json(os.path.join(path, _RECORD), record)
-        journal.retain(_RECORD)
-        journal.close()
+        namespace = held.make()
+    except OSError as error:
+        raise HostError(
+            f"cannot make the network {record['name']}: {error.strerror}",
+            "It needs a kernel with network namespaces and bridges (modprobe bridge).",
+        ) from error
+    meta = {"client": "kata", "kind": "network", "id": record["name"]}
+    try:
+        journal = Journal.create_dir(os.path.dirname(path), record["id"], meta)
+        try:
+            os.mkdir(members.directory(path), 0o700)
+            records.write_json(os.path.join(path, _RECORD), record)
+            journal.retain(_RECORD)
+            journal.close()
+        except BaseException:
+            journal_undo.undo(journal)
+            raise
     except BaseException:
-        journal_undo.undo(journal)
+        namespace.close()
         raise
+    return namespace
 
 
 def _clear(path: str, name: str) -> None:
@@ -446,6 +499,9 @@ def remove(name: str) -> None:
             f"the container {holders[0].name} is in the network {record['name']}",
             f"kata rm {holders[0].name}",
         )
+    namespace = _held.pop(record["id"], None)
+    if namespace is not None:
+        namespace.close()
     if os.path.isdir(runtime_dir(record)):
         _clear(runtime_dir(record), record["name"])
     _clear(os.path.join(directory(), record["name"]), record["name"])

@@ -260,12 +260,12 @@ class EngineClient:
 
     # ---- what containerd has no words for ----
 
-    def connect_network(self, endpoint: EndpointSettings, namespace: str) -> None:
-        """Put the sandbox into a further network of `kata network`, whose namespace can be opened by a path."""
+    def connect_network(self, endpoint: EndpointSettings) -> None:
+        """Put the sandbox into a further network of `kata network`."""
         from kata.proto import sandbox_pb
 
         values = {name: getattr(endpoint, name) for name in endpoint.__slots__}
-        request = sandbox_pb.ConnectNetworkRequest(**values, namespace=namespace)
+        request = sandbox_pb.ConnectNetworkRequest(**values)
         self.call(SANDBOX, "ConnectNetwork", request, Empty)
 
     def disconnect_network(self, network: str) -> None:

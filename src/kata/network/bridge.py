@@ -1,10 +1,11 @@
 """Networks with a name: a bridge in a network namespace of the network's own.
 
-The namespace has nothing but the bridge, and for each machine a tap that is a port of it. It has no address and no
-route, so nothing goes from one network to another, nor to or from the host's own network, whose interfaces, firewall
-and forwarding stay as they are. What leaves for the outside takes the machine's first interface, which is the user
-network (`kata.network.user`); ports are published there. Where all networks of a machine are internal, that interface
-is there and leads nowhere. A tap ends with its hypervisor, and everything else with the namespace.
+The namespace (`kata.network.held`) has nothing but the bridge, and for each machine a tap that is a port of it. It has
+no address and no route, so nothing goes from one network to another, nor to or from the host's own network, whose
+interfaces, firewall and forwarding stay as they are. What leaves for the outside takes the machine's first interface,
+which is the user network (`kata.network.user`, for an ordinary user `kata.network.nested`); ports are published there.
+Where all networks of a machine are internal, that interface is there and leads nowhere. A tap ends with its hypervisor,
+and everything else with the namespace.
 
 A machine that is in such a network starts with all the interfaces that it may have, so that one template does for all
 and a network can be given to it while it runs. A spare one's tap is no port of any bridge. It is in the namespace of
@@ -20,10 +21,12 @@ import contextlib
 import os
 import socket
 
-from kata import children, sysio
+from kata import children, own_namespace, sysio
 from kata.errors import HostError, NotFoundError, UnsupportedError
 from kata.hypervisor.base import Nic, random_mac
-from kata.network import members, netns, own_names, resolver, rtnetlink
+from kata.network import held, members, netns, own_names, resolver, rtnetlink
+from kata.network.held import BRIDGE
+from kata.network.nested import NestedPlan
 from kata.network.user import INTERFACE, UserPlan
 
 TYPE_CHECKING = False
@@ -36,55 +39,6 @@ if TYPE_CHECKING:
     from kata.network.user import HostNetwork, Port
     from kata.settings import EndpointSettings
 
-BRIDGE = "bridge0"
-MTU = 1500
-
-
-def namespace(network: str) -> str:
-    """Where the namespace of a network is bind-mounted; *network* is its directory."""
-    return os.path.join(network, "netns")
-
-
-def make(network: str, journal: Journal) -> None:
-    """Make the namespace of a network, with the bridge in it. Only in a process with one thread.
-
-    Args:
-        network: The network's directory, which has neither yet.
-        journal: The network's.
-
-    Raises:
-        HostError: The kernel refused.
-    """
-    path = namespace(network)
-    try:
-        os.mkdir(members.directory(network), 0o700)
-        with sysio.Fd(os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)) as before:
-            entry = journal.begin("netns", path=path)
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-            sysio.unshare(sysio.CLONE_NEWNET)
-            try:
-                # The host's end of it says nothing on it by itself.
-                for which in ("all", "default"):
-                    _write(f"/proc/sys/net/ipv6/conf/{which}/disable_ipv6", "1")
-                with rtnetlink.Rtnl() as rtnl:
-                    rtnl.add_bridge(BRIDGE)
-                    rtnl.bring_up(rtnl.index_of(BRIDGE), MTU)
-                sysio.mount("/proc/thread-self/ns/net", path, None, sysio.MS_BIND)
-            finally:
-                sysio.setns(before.raw, sysio.CLONE_NEWNET)
-            journal.commit(entry)
-    except OSError as error:
-        raise HostError(
-            f"cannot make the network at {network}: {error.strerror}",
-            "It needs root, and a kernel with network namespaces and bridges (modprobe bridge).",
-        ) from error
-
-
-def is_made(network: str) -> bool:
-    """Whether the namespace of a network is there; *network* is its directory."""
-    found = sysio.mount_at(os.path.realpath(namespace(network)))
-    return found is not None and found.fstype == "nsfs"
-
 
 class BridgedPlan(UserPlan):
     """A user network by passt, and networks with a name.
@@ -95,9 +49,9 @@ class BridgedPlan(UserPlan):
         host: The host's network.
         dns: Name servers that were asked for, for names outside; empty is the host's.
         program: Path of passt.
-        carries_tcp: See `UserPlan`.
         endpoints: The networks with a name.
         outside: Whether there is a way out; without it, neither passt nor a name server is.
+        how: What the user network has to know besides (`UserPlan`, `NestedPlan`).
     """
 
     def __init__(
@@ -108,25 +62,26 @@ class BridgedPlan(UserPlan):
         dns: Sequence[str] = (),
         program: str = "",
         *,
-        carries_tcp: bool = False,
         endpoints: Sequence[EndpointSettings] = (),
         outside: bool = True,
+        **how: Any,
     ) -> None:
-        super().__init__(mac, ports, host, dns, program, carries_tcp=carries_tcp)
+        self._servers: list[str] = []
+        super().__init__(mac, ports, host, dns, program, **how)
         self._wanted = list(endpoints)
         self._outside = outside
         self._taps: list[str] = []  # their names, by the interface's number less one
         self._places: list[_Place | None] = []
         self._home: sysio.Fd | None = None
         self._sandbox = ""
-        servers = list(dns) or host.resolver.servers
-        self.own_names = own_names.OwnNames([], servers if outside else [])
+        self.own_names = own_names.OwnNames([], self._servers if outside else [])
         if not outside:
             self.interfaces, self.routes, self.warnings = [], [], []
 
     def _plan_names(self, dns: Sequence[str]) -> None:
         """See `UserPlan`: the engine answers, and asks the servers that the user network has."""
         self.search, self.options = list(self._host.resolver.search), list(self._host.resolver.options)
+        self._servers = list(dns) or self._host.resolver.servers
         self.dns = [resolver.DOCKER]
 
     def setup_nics(self, most: int, *, hotplug: bool = False) -> list[Nic]:
@@ -146,43 +101,35 @@ class BridgedPlan(UserPlan):
             )
         nics = super().setup_nics(most, hotplug=hotplug) if self._outside else [Nic(self.mac)]
         try:
+            if sysio.in_user_namespace():
+                _stay()
             self._home = _open(self._wanted[0])
-            with sysio.Fd(os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)) as before:
-                for number in range(most - 1):
-                    self._places.append(None)
-                    if number < len(self._wanted):
-                        one = self._wanted[number]
-                        place = self._take(number, one, _open(one))
-                        nics.append(Nic(one.mac, tap_fd=self._tap(one, one.mac, place.namespace, before)))
-                    else:
-                        mac = random_mac()
-                        nics.append(Nic(mac, tap_fd=self._tap(None, mac, self._home, before)))
+            for number, one in enumerate(self._wanted):
+                self._places.append(None)
+                self._take(number, one, _open(one))
+            self._places += [None] * (most - 1 - len(self._places))
+            held.aside(lambda: self._make_taps(nics))
         except BaseException:
             for nic in nics:
                 nic.close()
             raise
         return nics
 
-    def _tap(self, one: EndpointSettings | None, mac: str, there: sysio.Fd, before: sysio.Fd) -> sysio.Fd:
-        """Make a tap in a namespace, a port of the bridge unless it is a spare one, and come back to another."""
-        name = _tap_name(mac)
-        try:
-            sysio.setns(there.raw, sysio.CLONE_NEWNET)
+    def _make_taps(self, nics: list[Nic]) -> None:
+        """Make the taps, each a port of its network's bridge unless it is a spare one. In a thread of its own."""
+        assert self._home is not None
+        for place in self._places:
+            mac = place.network.mac if place is not None else random_mac()
+            name = _tap_name(mac)
             try:
-                tap = sysio.Fd(netns.make_tap(name))
-                try:
-                    if one is not None:
-                        with rtnetlink.Rtnl() as rtnl:
-                            rtnl.set_master(socket.if_nametoindex(name), socket.if_nametoindex(BRIDGE))
-                except BaseException:
-                    tap.close()
-                    raise
-            finally:
-                sysio.setns(before.raw, sysio.CLONE_NEWNET)
-        except OSError as error:
-            raise _refused(one or self._wanted[0], error) from error
-        self._taps.append(name)
-        return tap
+                sysio.setns((place.namespace if place is not None else self._home).raw, sysio.CLONE_NEWNET)
+                nics.append(Nic(mac, tap_fd=sysio.Fd(netns.make_tap(name))))
+                if place is not None:
+                    with rtnetlink.Rtnl() as rtnl:
+                        rtnl.set_master(socket.if_nametoindex(name), socket.if_nametoindex(BRIDGE))
+            except OSError as error:
+                raise _refused(place.network if place is not None else self._wanted[0], error) from error
+            self._taps.append(name)
 
     def _take(self, number: int, one: EndpointSettings, namespace: sysio.Fd) -> _Place:
         """Have an interface stand for a network."""
@@ -221,7 +168,8 @@ class BridgedPlan(UserPlan):
 
     def _join(self, place: _Place) -> None:
         assert self.journal is not None
-        member = members.Member(place.network.address, place.network.names)
+        holder = held.Holder.own(place.namespace)
+        member = members.Member(place.network.address, place.network.names, holder)
         place.joined = members.join(place.network.path, self._sandbox, member, self.journal)
 
     def failure(self) -> KataError | None:
@@ -233,13 +181,11 @@ class BridgedPlan(UserPlan):
         """passt, where there is a way out."""
         return self._child if self._outside else None
 
-    def connect(self, one: EndpointSettings, where: str) -> None:
+    def connect(self, one: EndpointSettings) -> None:
         """Put the machine into a further network while it runs, before the guest is told. Blocks briefly.
 
         Args:
             one: The network.
-            where: By which path its namespace can be opened. This process has mounts of its own, and may not have one
-                that was made later than they.
 
         Raises:
             UnsupportedError: It has no interface left.
@@ -254,7 +200,7 @@ class BridgedPlan(UserPlan):
                 f" {len(self._places)}",
                 "kata network disconnect takes it out of another.",
             )
-        place = self._take(number, one, _open(one, where))
+        place = self._take(number, one, _open(one))
         try:
             self._plug(number, place)
             self._join(place)
@@ -329,6 +275,15 @@ class BridgedPlan(UserPlan):
         super().stop()
 
 
+class BridgedNestedPlan(BridgedPlan, NestedPlan):
+    """The same for an ordinary user."""
+
+    def _plan_names(self, dns: Sequence[str]) -> None:
+        """See `BridgedPlan`: the engine asks from where passt is, so the servers that a guest would ask."""
+        NestedPlan._plan_names(self, dns)
+        self._servers, self.dns = self.dns, [resolver.DOCKER]
+
+
 class _Place:
     """An interface of the machine that stands for a network."""
 
@@ -346,7 +301,7 @@ def _interface(name: str, one: EndpointSettings) -> dict[str, Any]:
         "device": name,
         "name": name,
         "IPAddresses": [{"family": 0, "address": one.address, "mask": str(one.prefix)}],
-        "mtu": MTU,
+        "mtu": held.MTU,
         "hwAddr": one.mac,
         "devicePath": "",
         "type": "",
@@ -362,24 +317,12 @@ def _tap_name(mac: str) -> str:
 @contextlib.contextmanager
 def _inside(there: sysio.Fd) -> Iterator[rtnetlink.Rtnl]:
     """A netlink socket in a network namespace. It stays in it; the thread that makes it ends."""
-    made: list[rtnetlink.Rtnl | OSError] = []
 
-    def make() -> None:
-        try:
-            sysio.setns(there.raw, sysio.CLONE_NEWNET)
-            made.append(rtnetlink.Rtnl())
-        except OSError as error:
-            made.append(error)
+    def make() -> rtnetlink.Rtnl:
+        sysio.setns(there.raw, sysio.CLONE_NEWNET)
+        return rtnetlink.Rtnl()
 
-    import threading
-
-    visitor = threading.Thread(target=make)
-    visitor.start()
-    visitor.join()
-    [found] = made
-    if isinstance(found, OSError):
-        raise found
-    with found:
+    with held.aside(make) as found:
         yield found
 
 
@@ -391,10 +334,21 @@ def _move(tap: str, here: sysio.Fd, there: sysio.Fd) -> None:
         rtnl.move(rtnl.index_of(tap), there.raw)
 
 
-def _open(one: EndpointSettings, where: str = "") -> sysio.Fd:
+def _stay() -> None:
+    """Have later commands of this user come into the user namespace that this machine's networks belong to."""
+    try:
+        with own_namespace.Companions() as companions:
+            companions.add()
+    except OSError as error:
+        raise HostError(
+            f"cannot write down who is in this user's networks: {error.strerror}", "check KATA_RUN_DIR"
+        ) from error
+
+
+def _open(one: EndpointSettings) -> sysio.Fd:
     """A descriptor of a network's namespace."""
     try:
-        return sysio.Fd(os.open(where or namespace(one.path), os.O_RDONLY | os.O_CLOEXEC))
+        return sysio.Fd(os.open(one.namespace, os.O_RDONLY | os.O_CLOEXEC))
     except OSError as error:
         raise _refused(one, error) from error
 
@@ -404,11 +358,3 @@ def _refused(one: EndpointSettings, error: OSError) -> HostError:
         f"cannot connect the machine to the network {one.network}: {error.strerror}",
         f"kata network inspect {one.network}",
     )
-
-
-def _write(path: str, text: str) -> None:
-    try:
-        with sysio.Fd(os.open(path, os.O_WRONLY | os.O_CLOEXEC)) as fd:
-            os.write(fd.raw, text.encode())
-    except FileNotFoundError:
-        pass  # without IPv6

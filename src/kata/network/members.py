@@ -13,6 +13,7 @@ import json
 import os
 
 from kata.errors import HostError
+from kata.network.held import Holder
 from kata.sysio import Fd
 
 TYPE_CHECKING = False
@@ -30,13 +31,15 @@ class Member:
     Attributes:
         address: Its IPv4 address.
         names: By which it is found, its container's own first.
+        holder: Its engine, which has the network's namespace open.
     """
 
-    __slots__ = ("address", "names")
+    __slots__ = ("address", "holder", "names")
 
-    def __init__(self, address: str, names: Sequence[str]) -> None:
+    def __init__(self, address: str, names: Sequence[str], holder: Holder | None = None) -> None:
         self.address = address
         self.names = list(names)
+        self.holder = holder
 
 
 class Joined:
@@ -98,7 +101,9 @@ def join(network: str, sandbox: str, member: Member, journal: Journal) -> Joined
         try:
             journal.commit(entry)
             fcntl.flock(fd.raw, fcntl.LOCK_EX)
-            os.write(fd.raw, json.dumps({"address": member.address, "names": member.names}).encode())
+            holder = member.holder.plain if member.holder is not None else None
+            said = {"address": member.address, "names": member.names, "holder": holder}
+            os.write(fd.raw, json.dumps(said).encode())
         except BaseException:
             fd.close()
             raise
@@ -133,6 +138,6 @@ def _read(path: str) -> Member | None:
                 if error.errno != errno.EWOULDBLOCK:
                     return None
             said = json.loads(os.read(fd.raw, _MOST_BYTES))
-            return Member(said["address"], said["names"])
+            return Member(said["address"], said["names"], Holder.read(said.get("holder")))
     except (OSError, ValueError):
         return None  # it has just left, or is about to join

@@ -80,11 +80,6 @@ def _user_plan(
             f"--dns {dns[0]} cannot be asked: the network {endpoints[0].network} is internal",
             "Leave out --dns, or give --network another one besides.",
         )
-    if endpoints and sysio.in_user_namespace():
-        raise UnsupportedError(
-            f"an ordinary user's container cannot be in the network {endpoints[0].network}",
-            "Run it as root; or publish ports (-p) to this host.",
-        )
     if endpoints and (mode == "tap" or not {"stream", "tap"} <= set(backends)):
         raise UnsupportedError(
             f"this hypervisor cannot connect a machine to the network {endpoints[0].network}",
@@ -113,7 +108,21 @@ def _user_plan(
                 "an ordinary user's network needs pasta, which is not installed",
                 f"{user.INSTALL} (or use --network none)",
             )
-        return NestedPlan(random_mac(), ports, host or user.HostNetwork.look(), dns, program, outer)
+        host = host or user.HostNetwork.look()
+        if endpoints:
+            from kata.network.bridge import BridgedNestedPlan
+
+            return BridgedNestedPlan(
+                random_mac(),
+                ports,
+                host,
+                dns,
+                program,
+                outer=outer,
+                endpoints=endpoints,
+                outside=settings.outside,
+            )
+        return NestedPlan(random_mac(), ports, host, dns, program, outer)
     carries_tcp = False
     if any(port.proto == "tcp" for port in ports):
         from kata.network import passt

@@ -120,12 +120,11 @@ class GuestNetwork:
             self._is_watching = True
             asyncio.get_running_loop().add_reader(self._socket, self._something_happened)
 
-    async def connect(self, endpoint: EndpointSettings, namespace: str) -> None:
+    async def connect(self, endpoint: EndpointSettings) -> None:
         """Put the guest into a further network of `kata network`.
 
         Args:
             endpoint: The network.
-            namespace: A path of its namespace.
 
         Raises:
             UnsupportedError: Its machine has no interface for that.
@@ -133,7 +132,7 @@ class GuestNetwork:
         """
         async with self._turn:
             plan = self._bridged(endpoint.network)
-            await self._tasks.run_blocking(plan.connect, endpoint, namespace)
+            await self._tasks.run_blocking(plan.connect, endpoint)
             try:
                 await self._tell()
             except BaseException:

@@ -173,12 +173,12 @@ class SandboxService:
             EndpointSettings(
                 network=request.network,
                 path=request.path,
+                namespace=request.namespace,
                 address=request.address,
                 prefix=request.prefix,
                 mac=request.mac,
                 names=request.names,
-            ),
-            request.namespace,
+            )
         )
         return google_pb.Empty()
 
