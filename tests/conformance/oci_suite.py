@@ -160,7 +160,17 @@ def prepared(guest: Path) -> Iterator[tuple[Path, dict[str, str]]]:
     finally:
         for path in directory.glob("k/oci/*"):
             subprocess.run([program("kata"), "delete", "--force", path.name], env=environment, check=False)
+        _unmount_below(
+            directory
+        )  # linux_rootfs_propagation with runc leaves a container's mounts on the host
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def _unmount_below(directory: Path) -> None:
+    """Unmount what is mounted below a directory, before that is removed with all that can be reached through it."""
+    mounted = (line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines())
+    for place in reversed([place for place in mounted if place.startswith(f"{directory}/")]):
+        subprocess.run(["umount", "--lazy", place], check=False)
 
 
 def program(runtime: str) -> Path:

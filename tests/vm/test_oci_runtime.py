@@ -58,7 +58,12 @@ def test_a_container_from_create_to_delete(runtime: Runtime) -> None:
     refused = runtime.call("exec", "life", "true")  # at once, and its streams are let go of
     assert refused.returncode == 255
     assert b"cannot exec in a paused container" in refused.stderr
-    runtime("resume", "life")
+    command = [str(PROGRAM), "exec", "--ignore-paused", "life", "echo", "late"]
+    with subprocess.Popen(command, env=runtime.env, stdout=subprocess.PIPE) as waiting:
+        with pytest.raises(subprocess.TimeoutExpired):
+            waiting.wait(0.5)
+        runtime("resume", "life")
+        assert waiting.communicate(timeout=PATIENCE)[0] == b"late\n"
     refused = runtime.call("delete", "life")
     assert refused.returncode == 1
     assert b"that is not stopped: running" in refused.stderr

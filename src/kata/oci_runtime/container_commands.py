@@ -90,7 +90,7 @@ COMMANDS = {
             Option("-g --additional-gids", "GID", "a further group", many=True),
             Option("-c --cap", "NAME", "a further capability", many=True),
             Option("--no-new-privs", "", "it cannot gain privileges"),
-            Option("--ignore-paused", "", "is refused: nothing runs in a container that is paused"),
+            Option("--ignore-paused", "", "wait for a container that is paused to go on"),
         ],
         most=None,
         interspersed=False,

@@ -28,6 +28,8 @@ _NAMESPACE = "oci"
 IDLE_S = 60.0
 """How long an engine stays that never got a container."""
 SIGNAL_S = 2.0
+RESUMED_S = 0.05
+"""How often it is asked whether a container that is paused goes on, in seconds."""
 ENDING_S = 5.0
 """How long an engine of the same container may take to end: its ``delete`` may have been killed."""
 
@@ -356,10 +358,9 @@ def _wait_for_child(pid: int, terminal: Foreground | None) -> int:
 def _exec(arguments: Arguments, options: GlobalOptions) -> int:
     record = records.require(options.state_root, arguments.rest[0])
     _refuse(arguments)
-    if arguments.flag("ignore_paused"):
-        raise UnsupportedError(
-            "--ignore-paused: nothing runs in a container that is paused", f"kata-runtime resume {record.id}"
-        )
+    if arguments.flag("ignore_paused"):  # as with runc, whose process is in the frozen cgroup meanwhile
+        while containers.status_of(record) == containers.PAUSED:
+            time.sleep(RESUMED_S)
     process = _process(arguments, record)
     terminal = bool(process.get("terminal"))
     detached = arguments.flag("detach")
