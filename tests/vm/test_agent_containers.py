@@ -396,21 +396,25 @@ def test_symlinks_of_the_image_do_not_lead_mounts_out(guest: Guest) -> None:
 
 def test_devices_are_what_the_spec_allows(guest: Guest) -> None:
     device = oci.LinuxDevice(Path="/dev/nothing", Type="c", Major=1, Minor=3, FileMode=0o640, UID=5, GID=6)
+    log = oci.LinuxDevice(Path="/dev/log", Type="c", Major=1, Minor=11, FileMode=0o666)
     script = (
         "stat -c %a:%u:%g:%t:%T /dev/nothing; mknod /tmp/disk b 254 0; head -c 1 /tmp/disk;"
-        "ls -l /dev/ptmx | grep -c pts/ptmx; head -c 4 /dev/urandom | wc -c"
+        "ls -l /dev/ptmx | grep -c pts/ptmx; head -c 4 /dev/urandom | wc -c;"
+        "(: </dev/log) && echo reads; (: >/dev/log) && echo writes"
     )
-    for rules in ([], [oci.LinuxDeviceCgroup(Allow=False, Access="rwm")]):
+    none = oci.LinuxDeviceCgroup(Allow=False, Access="rwm", Major=-1, Minor=-1)
+    reads = oci.LinuxDeviceCgroup(Allow=True, Access="r", Type="c", Major=1, Minor=11)
+    for rules, may in (([], b"reads\nwrites\n"), ([none], b""), ([none, reads], b"reads\n")):
         box = Container(
             guest,
             "dev",
             "sh",
             "-c",
             script,
-            linux={"Devices": [device], "Resources": oci.LinuxResources(Devices=rules)},
+            linux={"Devices": [device, log], "Resources": oci.LinuxResources(Devices=rules)},
             mounts=[mount("/tmp", "tmpfs", "tmpfs")],
         )
-        assert box.read() == b"640:5:6:1:3\n1\n4\n"
+        assert box.read() == b"640:5:6:1:3\n1\n4\n" + may
         assert b"Operation not permitted" in box.read(errors=True)
         box.remove()
 

@@ -23,6 +23,8 @@ struct Numbers {
 pub struct Attached {
     pub devices: Vec<LinuxDevice>,
     rules: Vec<LinuxDeviceCgroup>,
+    /// The guest's numbers of those that the host handed over.
+    handed: Vec<(i64, i64)>,
     /// Limits and weights of single block devices, and nothing else.
     pub limits: LinuxResources,
 }
@@ -35,6 +37,7 @@ pub fn resolve(wanted: &[Device], spec: &Spec) -> Result<Attached> {
     let mut attached = Attached {
         devices: linux.devices.clone(),
         rules: rules.to_vec(),
+        handed: Vec::new(),
         limits: LinuxResources {
             block_io: resources
                 .and_then(|r| r.block_io.clone())
@@ -47,6 +50,7 @@ pub fn resolve(wanted: &[Device], spec: &Spec) -> Result<Attached> {
         let what = || format!("device {:?} of type {:?}", device.container_path, device.type_);
         found.push(number(device, &mut attached.devices).with_context(what)?);
     }
+    attached.handed = found.iter().map(|one| one.guest).collect();
     // All in one step: a device's number in the guest may be another device's number on the host.
     renumber(&mut attached.rules, &found);
     if let Some(io) = attached.limits.block_io.as_deref_mut() {
@@ -108,6 +112,18 @@ fn here(numbers: (i64, i64), found: &[Numbers]) -> (i64, i64) {
     found.iter().find(|one| one.host == numbers).map_or(numbers, |one| one.guest)
 }
 
+impl Attached {
+    /// The devices that the container may use without a rule: all that are listed, where the host sends no rules; else a
+    /// volume on a disk, for which there is none. What has a rule (`--device PATH:PATH:r`) has that one alone.
+    fn unruled(&self) -> Vec<LinuxDevice> {
+        let has_rule =
+            |d: &LinuxDevice| self.rules.iter().any(|r| r.type_ == d.type_ && (r.major, r.minor) == (d.major, d.minor));
+        let is_handed = |d: &LinuxDevice| d.type_ == "b" && self.handed.contains(&(d.major, d.minor));
+        let counts = |d: &&LinuxDevice| self.rules.is_empty() || is_handed(d) && !has_rule(d);
+        self.devices.iter().filter(counts).cloned().collect()
+    }
+}
+
 /// Device rules of the spec. Hosts of the original system send none. Then a container without CAP_SYS_ADMIN may use the
 /// default devices, and one with it (a privileged one) all of them.
 pub fn restrict(cgroup: RawFd, spec: &Spec, attached: &Attached) -> Result<()> {
@@ -115,7 +131,7 @@ pub fn restrict(cgroup: RawFd, spec: &Spec, attached: &Attached) -> Result<()> {
     if attached.rules.is_empty() && bounding.iter().any(|c| c == "CAP_SYS_ADMIN") {
         return Ok(());
     }
-    devices_bpf::attach(cgroup, &devices_bpf::compile(&cgroup_rules(&attached.rules, &attached.devices))?)
+    devices_bpf::attach(cgroup, &devices_bpf::compile(&cgroup_rules(&attached.rules, &attached.unruled()))?)
 }
 
 #[cfg(test)]
@@ -127,6 +143,30 @@ mod tests {
     fn spec() -> Spec {
         let devices = vec![LinuxDevice { path: "/dev/data".into(), type_: "b".into(), ..Default::default() }];
         Spec { linux: Some(Box::new(Linux { devices, ..Default::default() })), ..Default::default() }
+    }
+
+    #[test]
+    fn a_device_with_a_rule_has_that_one_alone() {
+        let listed =
+            |type_: &str, major, minor| LinuxDevice { type_: type_.into(), major, minor, ..Default::default() };
+        let rule = |type_: &str, major, minor, access: &str| LinuxDeviceCgroup {
+            allow: true,
+            type_: type_.into(),
+            major,
+            minor,
+            access: access.into(),
+        };
+        let deny = LinuxDeviceCgroup { major: -1, minor: -1, access: "rwm".into(), ..Default::default() };
+        let mut attached = Attached {
+            devices: vec![listed("c", 1, 11), listed("b", 254, 0), listed("b", 254, 16)],
+            rules: vec![],
+            handed: vec![(254, 0), (254, 16)],
+            limits: LinuxResources::default(),
+        };
+        let numbers = |a: &Attached| a.unruled().iter().map(|d| (d.major, d.minor)).collect::<Vec<_>>();
+        assert_eq!(numbers(&attached), [(1, 11), (254, 0), (254, 16)]);
+        attached.rules = vec![deny, rule("b", 254, 0, "r")];
+        assert_eq!(numbers(&attached), [(254, 16)]);
     }
 
     fn device(type_: &str, id: &str, container_path: &str) -> Device {
