@@ -12,7 +12,9 @@ from kata import sysio
 from kata.cli.args import Arguments
 from kata.errors import AlreadyExistsError, NotFoundError, UsageError
 from kata.oci_runtime import container_commands, containers, creation, observation, records
+from kata.oci_runtime.global_options import GlobalOptions
 from kata.oci_runtime.records import Record
+from kata.proto.cgroups_v1_pb import MemoryOomControl, Metrics
 
 
 def made(root: Path, container_id: str = "c1") -> Record:
@@ -106,6 +108,26 @@ def test_update_takes_numbers_only(tmp_path: Path) -> None:
         "memory": {"limit": 5},
         "cpu": {"cpus": "0-1"},
     }
+
+
+def test_events_tell_of_processes_that_are_killed_for_want_of_memory_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made(tmp_path).write()
+    options = GlobalOptions()
+    options.root = str(tmp_path)
+    seen = [Metrics(memory_oom_control=MemoryOomControl(oom_kill=count)) for count in (1, 1, 3)]
+    monkeypatch.setattr(observation, "_metrics", lambda _: seen.pop(0) if seen else None)
+
+    assert observation.HANDLERS["events"](parsed("events", "--interval=1ms", "c1"), options) == 0
+
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(one["type"], one["id"]) for one in told] == [
+        ("stats", "c1"),
+        ("stats", "c1"),
+        ("oom", "c1"),
+        ("stats", "c1"),
+    ]
 
 
 @pytest.mark.parametrize(("text", "seconds"), [(None, 5.0), ("500ms", 0.5), ("2s", 2.0), ("1m", 60.0)])

@@ -90,10 +90,18 @@ def _events(arguments: Arguments, options: GlobalOptions) -> int:
     record = records.require(options.state_root, arguments.rest[0])
     interval_s = _seconds(arguments.value("interval"))
     if arguments.flag("stats"):
-        if not _tell_stats(record):
+        if (found := _metrics(record)) is None:
             raise StateError(f"container {record.id} is not running", f"kata-runtime state {record.id}")
+        _tell(record, "stats", data=stats(found))
         return 0
-    while _tell_stats(record):
+    killed: int | None = None
+    while (found := _metrics(record)) is not None:
+        control = found.memory_oom_control
+        now = control.oom_kill if control is not None else 0
+        if killed is not None and now > killed:
+            _tell(record, "oom")
+        killed = now
+        _tell(record, "stats", data=stats(found))
         sys.stdout.flush()
         time.sleep(interval_s)
     return 0
@@ -118,21 +126,25 @@ def _seconds(text: str | None) -> float:
     return value
 
 
-def _tell_stats(record: Record) -> bool:
-    """Print what a container uses as one line of JSON. Returns False if it does not run any more."""
-    from kata.json_text import dumps
+def _metrics(record: Record) -> Metrics | None:
+    """What a container uses; None if it does not run any more."""
     from kata.proto.cgroups_v1_pb import Metrics
 
     try:
         with containers.engine_of(record) as engine:
             answer = engine.stats(record.id)
-    except (NotFoundError, KataError) as error:
+    except KataError as error:
         if containers.status_of(record) == containers.STOPPED:
-            return False
+            return None
         raise error
-    found = Metrics.decode(answer.value if answer is not None else b"")
-    sys.stdout.write(dumps({"type": "stats", "id": record.id, "data": stats(found)}) + "\n")
-    return True
+    return Metrics.decode(answer.value if answer is not None else b"")
+
+
+def _tell(record: Record, kind: str, **more: object) -> None:
+    """Print an event as one line of JSON: ``stats``, or ``oom``, when a process was killed for want of memory."""
+    from kata.json_text import dumps
+
+    sys.stdout.write(dumps({"type": kind, "id": record.id, **more}) + "\n")
 
 
 def stats(found: Metrics) -> dict[str, Any]:
