@@ -51,6 +51,8 @@ def test_buildah_is_preferred(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         (["-t", "a@sha256:" + "0" * 64, "."], "no name of an image"),
         (["--network", "host", "."], "is not offered for RUN"),
         (["-f", "x", "-"], "leave out -f"),
+        (["--build-arg", "=x", "."], "--build-arg '=x' has no name"),
+        (["--label", "", "."], "--label '' has no name"),
     ],
 )
 def test_what_it_refuses(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,7 +67,7 @@ for word; do
     case $word in
     --file=*) cat "${word#--file=}" >"$SEEN" ;;
     --iidfile=*) echo sha256:abc >"${word#--iidfile=}" ;;
-    push) echo "it is full" >&2; exit 1 ;;
+    push) echo "Error: it is full" >&2; exit 1 ;;
     esac
 done
 """

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 from image_support import docker_save, layer, member
 from test_cli_manage import make, said, state
+from waiting import PATIENCE, until
 
-from kata.cli import records
+from kata.cli import records, volumes
 from kata.images import store
 
 __all__ = ["state"]
+KATA = Path(__file__).resolve().parents[2] / "src/kata/__main__.py"
 
 
 @pytest.fixture
@@ -124,6 +129,28 @@ def test_a_new_container_has_the_address_of_the_one_it_replaces(
     said(capsys, *named, "10.5.0.7", "bb", "true")
     said(capsys, *named, "10.5.0.7", "bb", "true")
     assert [one.record["networks"][0]["address"] for one in records.all_containers()] == ["10.5.0.7"]
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="an ordinary user's command is in a user namespace")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_create_that_is_told_to_end_leaves_nothing(
+    state: Path, image: store.Image, number: signal.Signals
+) -> None:
+    containers = state / "containers"
+    words = ("create", "--name", "web", "--storage", "tmpfs", "-v", "data:/data", "bb", "true")
+    with (
+        volumes.locked(),  # which it waits for
+        subprocess.Popen(["/usr/bin/python3", "-IS", KATA, *words], stdout=subprocess.DEVNULL) as child,
+    ):
+        try:
+            until(lambda: containers.is_dir() and list(containers.iterdir()), "it is being made")
+            until(lambda: (state / "names/web").exists(), "it has its name")
+            child.send_signal(number)
+            assert child.wait(PATIENCE) == -number
+        finally:
+            child.kill()
+    assert list(containers.iterdir()) == []
+    assert list((state / "names").iterdir()) == []
 
 
 def test_without_a_name_nothing_is_replaced_or_made(

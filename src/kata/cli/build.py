@@ -176,7 +176,9 @@ class _Build:
                 raise
         if child.returncode:
             lines = said.decode(errors="replace").strip().splitlines()
-            reason = f": {lines[-1]}" if lines else f" (exit status {child.returncode})"
+            reason = (
+                f": {lines[-1].removeprefix('Error: ')}" if lines else f" (exit status {child.returncode})"
+            )
             raise HostError(
                 f"{os.path.basename(self.program)} could not {what}{reason}", hint if quiet else ""
             )
@@ -243,6 +245,11 @@ def _build(arguments: Arguments) -> int:
     context = arguments.rest[0]
     names = [_name(text) for text in arguments.many("tag")]
     _check_context(context, arguments.value("file"))
+    for key in ("build_arg", "label"):
+        for text in arguments.many(key):
+            if not text.partition("=")[0]:
+                # The builders pass over it.
+                raise UsageError(f"--{key.replace('_', '-')} {text!r} has no name", "KEY=VALUE")
     if arguments.value("network") not in (None, "none"):
         raise UsageError(
             f"--network {arguments.value('network')!r} is not offered for RUN: a machine has a network of its own",

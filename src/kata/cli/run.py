@@ -749,6 +749,7 @@ def _print_timings(ledger: sandbox_pb.TimingsResponse) -> None:
 
 
 def _create(arguments: Arguments) -> int:
+    undo_when_told_to_end()
     container = make_container(arguments, auto_remove=arguments.flag("rm"))
     print(container.id)
     return 0
