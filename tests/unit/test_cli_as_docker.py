@@ -11,7 +11,7 @@ import pytest
 from image_support import docker_save, layer, member
 from test_cli_manage import said, state
 
-from kata.cli import inspect_members, records, top, usage
+from kata.cli import inspect_members, lifecycle, records, top, usage
 from kata.oci import capabilities
 
 __all__ = ["state"]
@@ -46,6 +46,33 @@ def test_inspect_says_who_the_command_runs_as(
 ) -> None:
     found = create(capsys, *options, "--group-add", "77")
     assert (found["Config"]["User"], found["HostConfig"]["GroupAdd"]) == (user, ["77"])
+
+
+@pytest.mark.parametrize(
+    ("made", "asked", "seconds"),
+    [
+        ((), (), 10),
+        (("--stop-timeout", "3"), (), 3),
+        (("--stop-timeout", "3"), ("-t", "0"), 0),
+        ((), ("-t", "-1"), 1e6),
+        (("--stop-timeout", "-1"), (), 1e6),
+    ],
+)
+def test_how_long_a_stop_waits(
+    image: None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    made: tuple[str, ...],
+    asked: tuple[str, ...],
+    seconds: float,
+) -> None:
+    create(capsys, "--name", "box", *made)
+    waited: list[float] = []
+    monkeypatch.setattr(lifecycle, "stop", lambda container, grace_s: waited.append(grace_s))
+    said(capsys, "stop", *asked, "box")
+    assert waited == [seconds]
+    for wrong in ("-2", "x", "nan"):
+        assert "-1 for no limit" in said(capsys, "stop", "-t", wrong, "box", status=125)
 
 
 def test_failures_are_told_in_their_order(image: None, capsys: pytest.CaptureFixture[str]) -> None:

@@ -143,7 +143,7 @@ def test_environment_of_the_host_and_time_zone(monkeypatch: pytest.MonkeyPatch) 
         (["--memory-swap", "1g"], "needs the limit"),
         (["--memory-swap", "1g", "-m", "2g"], "below the limit"),
         (["--memory-swap", "3g", "-m", "2g"], "has no swap"),
-        (["--stop-timeout", "-1"], "at least 0"),
+        (["--stop-timeout", "-2"], "at least -1"),
     ],
 )
 def test_refused_with_a_hint(words: list[str], said: str) -> None:

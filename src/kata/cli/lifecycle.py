@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from kata.cli.records import Container
 
 _GRACE = 10
+_LONGEST = 1e6
+"""Seconds that a container gets at most: 11 days, which is what -1 means, too."""
 
 _ALL = "-a --all"
 _LATEST = Option("-l --latest", "", "the container that was made last")
@@ -41,7 +44,11 @@ COMMANDS = {
         "CONTAINER...",
         "Stops containers if they run, and starts them.",
         [
-            Option("-t --time", "SECONDS", f"how long to wait between SIGTERM and SIGKILL ({_GRACE})"),
+            Option(
+                "-t --time",
+                "SECONDS",
+                f"how long to wait between SIGTERM and SIGKILL ({_GRACE}); -1: no limit",
+            ),
             Option(_ALL, "", "all containers"),
             _LATEST,
         ],
@@ -51,7 +58,11 @@ COMMANDS = {
         "CONTAINER...",
         "Stops containers: the stop signal, and SIGKILL when that has not ended them.",
         [
-            Option("-t --time", "SECONDS", f"how long to wait between the two ({_GRACE}); 0 kills at once"),
+            Option(
+                "-t --time",
+                "SECONDS",
+                f"how long to wait between the two ({_GRACE}); 0 kills at once; -1: no limit",
+            ),
             Option(_ALL, "", "all containers that run"),
             _LATEST,
             _IGNORE,
@@ -197,15 +208,16 @@ def _grace(arguments: Arguments) -> float | None:
     try:
         seconds = float(text)
     except ValueError:
-        seconds = -1
-    if not 0 <= seconds <= 1e6:
-        raise UsageError(f"--time {text!r} is not a number of seconds")
+        seconds = math.nan
+    if not (0 <= seconds <= _LONGEST or seconds == -1):
+        raise UsageError(f"--time {text!r} is not a number of seconds", "-t 10, or -1 for no limit")
     return seconds
 
 
 def _patience(container: Container, asked: float | None) -> float:
     """How many seconds a container gets: of ``--time``, else of its ``--stop-timeout``."""
-    return float(container.record.get("stop_timeout", _GRACE)) if asked is None else asked
+    seconds = float(container.record.get("stop_timeout", _GRACE)) if asked is None else asked
+    return _LONGEST if seconds == -1 else seconds
 
 
 def _stop(arguments: Arguments) -> int:

@@ -48,7 +48,7 @@ _MORE = [
     Option("--memory-swap", "SIZE", "the same as -m, since the machine has no swap"),
     Option("--env-host", "", "set the environment variables of this command, too; -e is stronger"),
     Option("--tz", "ZONE|local", "time zone, from the host's files (Europe/Paris)"),
-    Option("--stop-timeout", "SECONDS", "how long 'kata stop' waits before SIGKILL (10)"),
+    Option("--stop-timeout", "SECONDS", "how long 'kata stop' waits before SIGKILL (10); -1: no limit"),
     Option("--restart", "no|always|unless-stopped|on-failure[:N]", "have systemd start it again; with -d"),
     Option(
         "--health-cmd", "COMMAND", "a shell command that succeeds if the container is well; 'none' for none"

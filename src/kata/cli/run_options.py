@@ -76,7 +76,7 @@ class RunOptions:
         shm_size = values.limit(shm_size)
         self._shm_size = None if shm_size is None else values.size(shm_size, "--shm-size")
         self._stop_timeout = (
-            None if stop_timeout is None else values.whole(stop_timeout, "--stop-timeout", least=0)
+            None if stop_timeout is None else values.whole(stop_timeout, "--stop-timeout", least=-1)
         )
         self.groups = [group(text) for text in a.many("group_add")]
         self._hosts = [line for text in a.many("add_host") for line in host_lines(text)]
