@@ -1,4 +1,4 @@
-"""Every command of the tutorials is run by a test, or says why not and by what else; and how they are read."""
+"""Every command of the tutorials and the README is run by a test, or says why not; and how they are read."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ RUN_BY = {
     "tutorials/kubernetes-node.md": "test_cri.py",
     "from-kata.md": "test_tutorials.py",
     "troubleshooting.md": "test_tutorials.py",
+    "networks.md": "test_tutorials.py",
+    "../README.md": "test_tutorials.py",
 }
 """Page -> the file in tests/vm that runs it."""
 PAGES = [

@@ -1,4 +1,4 @@
-"""The commands of the tutorials that need `kata` alone; those of others are in `test_docker.py` and `test_cri.py`."""
+"""The commands of the pages that need `kata` alone; those of others are in `test_docker.py` and `test_cri.py`."""
 
 from __future__ import annotations
 
@@ -35,6 +35,23 @@ def environment(shared_kata: Kata, busybox_image: str, run_directory: Path) -> d
 def test_a_page(page: str, environment: dict[str, str], tmp_path: Path) -> None:
     changes = {"8080": str(free_port())} if page.endswith("laptop.md") else {}
     tutorials.run(page, tmp_path, environment, changes)
+
+
+def test_the_page_about_networks(environment: dict[str, str], tmp_path: Path) -> None:
+    tutorials.run("networks.md", tmp_path, environment, {"8080": str(free_port())})
+
+
+def test_the_readme(environment: dict[str, str], tmp_path: Path, busybox_image: str) -> None:
+    (tmp_path / "image").symlink_to(busybox_image.partition(":")[2])
+    (tmp_path / "words").write_text("b\na\n")
+    (tmp_path / "site").mkdir()
+    # For nginx there is a server of busybox.
+    changes = {
+        "8080": str(free_port()),
+        "--cpus 2 nginx": "--cpus 2 busybox httpd -f -h /site",
+        "/etc/nginx": "/etc",
+    }
+    tutorials.run("../README.md", tmp_path, environment, changes)
 
 
 @needs_root
