@@ -31,13 +31,17 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
 sys.path += [str(ROOT / "src"), str(ROOT / "tests"), str(ROOT / "tests/vm")]
 
+import leftovers  # noqa: E402
 from start import IMAGE, KATA, unpack  # noqa: E402
 
-from kata import sysio  # noqa: E402
 from kata.journal import Journal  # noqa: E402
 from kata.network import bridge, held, members, resolver, user  # noqa: E402
 from kata.settings import EndpointSettings  # noqa: E402
 
+_STARTS = 4
+"""How many containers start at the same time."""
+_CONTAINER_KIB = 128 << 10
+"""What a container takes of the host's memory, with some to spare."""
 PORT = "7007"
 CONNECTIONS = ("1", "16")
 NETAVARK = ROOT / "build/programs/podman/usr/lib/podman/netavark"
@@ -174,26 +178,47 @@ def requests(host: Host, seconds: float, rounds: int) -> None:
         print(f"{count + ' connections':28}{ours:10.0f}{theirs:10.0f}{ours / theirs:11.3f}")
 
 
+def _fit(count: int) -> int:
+    """How many containers at once this host's memory allows: half of what is available, at most all."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    return max(1, min(count, int(lines["MemAvailable"].split()[0]) // 2 // _CONTAINER_KIB))
+
+
+def _start(host: Host, names: list[str]) -> None:
+    """Start containers at the same time, in one network and the other in turns."""
+    started = [
+        subprocess.Popen(
+            [*KATA, *_detached(("one", "two")[int(name[1:]) % 2], name), "sleep", "1000000"],
+            env=host.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )
+        for name in names
+    ]
+    failed = sum(one.wait() != 0 for one in started)
+    if failed:
+        raise SystemExit(f"error: {failed} of {names} did not start")
+
+
 def life(host: Host, count: int, at_once: int) -> None:
     """Start and remove containers in two networks; print what is left."""
     kata = host.kata
+    at_once = at_once or _fit(count)
+    before = leftovers.snapshot()
     ids = {name: kata("network", "create", name).strip() for name in ("one", "two")}
     began = time.monotonic()
     for first in range(0, count, at_once):
         names = [f"c{number}" for number in range(first, min(first + at_once, count))]
-        started = [
-            subprocess.Popen(
-                [*KATA, *_detached(("one", "two")[number % 2], name), "sleep", "1000000"],
-                env=host.environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
+        try:
+            for some in range(0, len(names), _STARTS):
+                _start(host, names[some : some + _STARTS])
+            last, other = names[-1], names[-3] if len(names) > 2 else names[-1]
+            if other not in kata("exec", last, "nslookup", other):  # of the same network, among all these
+                raise SystemExit(f"error: {last} does not find {other}")
+        finally:
+            subprocess.run(
+                [*KATA, "rm", "-f", *names], env=host.environment, stdout=subprocess.DEVNULL, check=False
             )
-            for number, name in enumerate(names)
-        ]
-        failed = sum(one.wait() != 0 for one in started)
-        if failed:
-            raise SystemExit(f"error: {failed} of {names} did not start")
-        kata("rm", "-f", *names)
         if sys.stderr.isatty():
             sys.stderr.write(f"\r{first + len(names)} of {count}")
     took = time.monotonic() - began
@@ -201,30 +226,17 @@ def life(host: Host, count: int, at_once: int) -> None:
     for name, identity in ids.items():
         network = host.directory / "r/networks" / identity
         left += [f"member {one} of {name}" for one in os.listdir(network / "members")]
-        with (
-            sysio.Fd(os.open(network / "netns", os.O_RDONLY | os.O_CLOEXEC)) as there,
-            bridge._inside(there) as rtnl,
-        ):
-            left += [
-                f"interface {link.name} of {name}"
-                for link in rtnl.links()
-                if link.name not in ("lo", "bridge0")
-            ]
+        holders = json.loads((network / "network.json").read_text())["holders"]
+        left += [f"holder {one} of {name}" for one in holders if held.Holder(*one).open() is not None]
     for name in ids:
         kata("network", "rm", name)
     left += [f"sandbox {one.name}" for one in (host.directory / "r/sandboxes").glob("*")]
     left += [f"container {one.name}" for one in (host.directory / "s/containers").glob("*")]
     left += [f"network {one}" for one in (host.directory / "r/networks").glob("*")]
-    left += [f"mount {one.target}" for one in sysio.mounts() if one.target.startswith(f"{host.directory}/")]
-    mark = str(host.directory).encode()
-    for pid in filter(str.isdecimal, os.listdir("/proc")):
-        try:
-            words = Path(f"/proc/{pid}/environ").read_bytes() + Path(f"/proc/{pid}/cmdline").read_bytes()
-        except OSError:
-            continue
-        if mark in words and int(pid) != os.getpid():
-            left.append(f"process {pid}")
-    print(f"{count} containers in two networks, {at_once} at a time, {took:.0f} s; left: {len(left)}")
+    # Processes, mounts, cgroups, interfaces and files; those of others who use this machine do not count.
+    ours = leftovers.Ours(str(host.directory), f"KATA_RUN_DIR={host.directory}")
+    left += leftovers.compare(before, leftovers.snapshot(), ours, strict=False)
+    print(f"{count} containers in two networks, {at_once} at once, {took:.0f} s; left: {len(left)}")
     for one in left:
         print(f"  {one}")
     if left:
@@ -376,7 +388,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3, help="of each test (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="how often each is run (default %(default)s)")
     parser.add_argument("--containers", type=int, default=100, help="with life (default %(default)s)")
-    parser.add_argument("--at-once", type=int, default=4, help="with life (default %(default)s)")
+    parser.add_argument(
+        "--at-once", type=int, default=0, help="with life (default: as many as half of the memory holds)"
+    )
     options = parser.parse_args()
     directory = Path(tempfile.mkdtemp(prefix="kb-", dir="/tmp"))
     try:
