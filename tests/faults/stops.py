@@ -421,7 +421,7 @@ def _install_serving_engine() -> None:
     put_around(snapshot_root.SnapshotRoot, "_make_disk", after="create.disk")
     put_around(upper.UpperLayer, "add", after="delete.part")
     put_around(snapshot_root.SnapshotRoot, "carry_back", after="delete.carried")
-    put_around(guest_setup, "_healthy", after="create.agent")
+    put_around(guest_setup, "_answered", after="create.agent")
     put_around(AgentClient, "reseed", "clone.agent", "clone.reseeded")
     put_around(hostroot.HostRoot, "mount", after="create.root")
     put_around(binds.ContainerMounts, "add_all", after="create.shared")

@@ -221,18 +221,22 @@ async def _sweep(sandbox: Sandbox) -> None:
     """Undo what killed engines of the same client have left, as `kata gc` does.
 
     containerd does not always have it done: where an engine dies while its first Create is under way, containerd 1.6
-    may remove the bundle before it starts the shim's delete in it, which then does not run.
+    may remove the bundle before it starts the shim's delete in it, which then does not run. And podman has nothing
+    deleted of a container whose monitor was killed: its record stays.
     """
     import asyncio
     import contextlib
 
+    from kata.engine import oci_records
     from kata.journal_undo import reconcile_sandboxes
 
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(sandbox.ended.wait(), SWEEP_S)
     client = sandbox.settings.client.name
     report = await asyncio.to_thread(reconcile_sandboxes, os.path.dirname(sandbox.run_dir), client)
-    for line in (*(f"cleared up after {directory}" for directory in report.undone), *report.failures):
+    records = await asyncio.to_thread(oci_records.sweep)
+    undone = [*report.undone, *records]
+    for line in (*(f"cleared up after {what}" for what in undone), *report.failures):
         sandbox.tasks.log(line)
 
 

@@ -278,7 +278,7 @@ def client_policy() -> ClientPolicy:
         idle_s=IDLE_S,
         keeps_ended_containers=True,
         ends_when_stale=False,
-        sweeps_dead_engines=False,  # each container is deleted by its caller
+        sweeps_dead_engines=True,  # podman forgets a container whose monitor was killed
         ends_with_init=False,
         holds_fifos=False,
         makes_etc_files=False,
