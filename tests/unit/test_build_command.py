@@ -6,6 +6,7 @@ import os
 import signal
 import stat
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -143,9 +144,21 @@ def test_the_file_for_the_id_is_looked_at_first(state: Path, tmp_path: Path) -> 
 
 
 @needs_root
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_told_to_end_it_ends_all_of_the_builder(number: signal.Signals, state: Path, tmp_path: Path) -> None:
-    env = fake_builder(tmp_path, WORKS)
+@pytest.mark.parametrize(
+    ("number", "stubborn"),
+    [
+        (signal.SIGTERM, False),
+        (signal.SIGHUP, False),
+        (signal.SIGINT, False),
+        # A second Ctrl-C, while the first one waits for a builder that does not end.
+        (signal.SIGINT, True),
+    ],
+)
+def test_told_to_end_it_ends_all_of_the_builder(
+    number: signal.Signals, stubborn: bool, state: Path, tmp_path: Path
+) -> None:
+    script = WORKS.replace("    sh -c", "    trap '' TERM\n    sh -c") if stubborn else WORKS
+    env = fake_builder(tmp_path, script)
     seen = tmp_path / "seen"
     with subprocess.Popen(
         ["/usr/bin/python3", "-IS", KATA, "build", str(tmp_path)],
@@ -157,7 +170,13 @@ def test_told_to_end_it_ends_all_of_the_builder(number: signal.Signals, state: P
             until(lambda: seen.exists() and seen.read_text(), "the builder works")
             assert stat.S_IMODE((state / "build").stat().st_mode) == 0o700
             child.send_signal(number)
+            if stubborn:
+                time.sleep(0.5)
+                assert child.poll() is None
+                child.send_signal(number)
+            began = time.monotonic()
             child.wait(PATIENCE)
+            assert time.monotonic() - began < build._END_S
             assert child.returncode == (130 if number == signal.SIGINT else -number)
             assert list((state / "build").iterdir()) == []
             worker = int(seen.read_text())

@@ -98,12 +98,14 @@ _REMOVE_HINT = "rm -r $KATA_STATE_DIR/build, with all steps that are kept there"
 
 def _end(child: subprocess.Popen[bytes]) -> None:
     """End a builder and all that it has started: its process group."""
-    if child.returncode is None:
-        with sysio.Fd(os.pidfd_open(child.pid)) as ended, suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGTERM)
-            select.select([ended], [], [], _END_S)
-    with suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGKILL)
+    try:
+        if child.returncode is None:
+            with sysio.Fd(os.pidfd_open(child.pid)) as ended, suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGTERM)
+                select.select([ended], [], [], _END_S)
+    finally:  # also after a second Ctrl-C
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
 
 
 class _Build:
