@@ -182,3 +182,20 @@ def test_limits_of_a_containers_disks_cannot_be_changed_later() -> None:
     # Those of other devices mean nothing in the guest, as when the container is created.
     asyncio.run(parts.update(limit(9)))
     assert len(requests) == len(messages) == 1
+
+
+def test_the_source_of_a_bind_mount_is_relative_to_the_bundle() -> None:
+    mounts: list[Any] = [
+        {"destination": "/a", "source": ".", "options": ["bind"]},
+        {"destination": "/b", "source": "data/../other", "type": "bind"},
+        {"destination": "/c", "source": "/abs", "options": ["rbind", "ro"]},
+        {"destination": "/d", "source": "tmpfs", "type": "tmpfs"},
+        {"destination": "/e", "source": 7, "type": "bind"},
+        {"destination": "/f", "source": "x", "options": 7},
+        "no mount",
+    ]
+    config = {"mounts": mounts}
+    spec.resolve_sources(config, "/bundle")
+    assert [one["source"] for one in mounts[:-1]] == ["/bundle", "/bundle/other", "/abs", "tmpfs", 7, "x"]
+    spec.resolve_sources({}, "/bundle")
+    spec.resolve_sources({"mounts": 5}, "/bundle")

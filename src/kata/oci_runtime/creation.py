@@ -81,6 +81,7 @@ def create(arguments: Arguments, options: GlobalOptions, *, orphan: bool) -> tup
     root, container_id = options.state_root, check_id(arguments.rest[0])
     bundle = os.path.abspath(arguments.value("bundle") or ".")
     config = _object(os.path.join(bundle, "config.json"), "a bundle is a directory with config.json in it")
+    spec.resolve_sources(config, bundle)
     terminal = bool((config.get("process") or {}).get("terminal"))
     console = _console(arguments, terminal, needs_one=orphan)
     pod = _pod(root, config)

@@ -10,6 +10,8 @@ Unlike the original, limits for pids and block I/O and the seccomp profile are k
 
 from __future__ import annotations
 
+import os
+
 from kata.errors import ConfigError, ResourceExhaustedError, UnsupportedError
 from kata.proto.codec import DecodeError
 
@@ -194,6 +196,24 @@ def is_bind(mount: Mapping[str, Any]) -> bool:
     """Whether a mount of the spec takes its content from a path."""
     options = mount.get("options") or ()
     return mount.get("type") == "bind" or "bind" in options or "rbind" in options
+
+
+def resolve_sources(config: dict[str, Any], bundle: str) -> None:
+    """Make the sources of bind mounts absolute, in place: one that is not is relative to the bundle.
+
+    Source: runtime-spec config.md, "Mounts".
+
+    Args:
+        config: A specification, whose members may be of any type.
+        bundle: Absolute path of its directory.
+    """
+    mounts = config.get("mounts")
+    for mount in mounts if isinstance(mounts, list) else ():
+        if not isinstance(mount, dict) or not isinstance(mount.get("options") or [], list):
+            continue  # whoever mounts it says what is wrong
+        source = mount.get("source")
+        if is_bind(mount) and isinstance(source, str) and source and not source.startswith("/"):
+            mount["source"] = os.path.normpath(os.path.join(bundle, source))
 
 
 def host_binds(spec: Mapping[str, Any]) -> list[dict[str, Any]]:

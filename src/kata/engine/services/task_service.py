@@ -15,7 +15,7 @@ from kata import __version__
 from kata.engine.containers.container_kill import KILL_S
 from kata.engine.containers.process import CREATED, DELETED, TASK_STATUS
 from kata.engine.containers.process_end import timestamp
-from kata.engine.containers.spec import refuse_foreign
+from kata.engine.containers.spec import refuse_foreign, resolve_sources
 from kata.engine.launch import check_id
 from kata.engine.standard_streams.stdio import parse_stdio
 from kata.errors import ConfigError, NotFoundError, UnsupportedError
@@ -103,7 +103,9 @@ def _read_config(bundle: str) -> dict[str, Any]:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     if len(raw) > _MAX_SPEC_BYTES:
         raise ConfigError(f"{path} has more than {_MAX_SPEC_BYTES} bytes")
-    return _json_object(raw, path)
+    config = _json_object(raw, path)
+    resolve_sources(config, bundle)
+    return config
 
 
 def _let_go(stdio: Stdio) -> None:
