@@ -48,6 +48,7 @@ IN_THE_GUEST = (
     "The test looks at the container's cgroup on the host. The container's limits are set in the guest's kernel; on the"
     " host its whole machine has a cgroup."
 )
+OWN_WORDS = "The test looks for words of runc's own; `--debug` tells how a command ended, and when."
 REASONS: dict[str, str] = {
     "cgroups: runc run (cgroup v1 + unified resources should fail)": (
         "The guest's cgroups are of version 2, whatever the host's, and take these."
@@ -56,8 +57,17 @@ REASONS: dict[str, str] = {
         "A number of a host's device means nothing in the guest."
     ),
     "cgroups: ": IN_THE_GUEST,
-    "debug: ": "The test looks for words of runc's own; `--debug` tells how a command ended, and when.",
+    "debug: ": OWN_WORDS,
     "delete: ": IN_THE_GUEST,
+    "exec: runc --debug": OWN_WORDS,
+    "exec: runc exec --cgroup": "There is no `--cgroup`: a process is in the container's cgroup of the guest.",
+    "exec: runc exec --preserve-fds": "An open file of the host means nothing in another kernel: refused by name.",
+    "help: runc command -h": "`checkpoint` and `restore` are refused by name, with their help.",
+    "help: ": "The test looks for words of runc's own.",
+    "no_pivot: ": "`--no-pivot` is refused by name.",
+    "ps: ": "The processes are the guest's, in four columns; options of the host's ps are not taken.",
+    "run: runc run --keep (check cgroup exists)": IN_THE_GUEST,
+    "update: ": IN_THE_GUEST,
 }
 """Beginning of ``FILE: TEST`` -> why it does not pass with kata where it does with runc."""
 
