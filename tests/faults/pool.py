@@ -110,6 +110,7 @@ class Pool(Clone):
         with contextlib.suppress(FileNotFoundError):
             directory.rmdir()
         # What stays where the pool is on, and is not there in rounds without.
-        (daemon.run_dir / "pool.lock").unlink(missing_ok=True)
+        for name in ("pool.lock", "pool.counts"):
+            (daemon.run_dir / name).unlink(missing_ok=True)
         about = (daemon.directory / "pool.toml").stat()
         (daemon.run_dir / f"configuration.{about.st_dev}-{about.st_ino}").unlink(missing_ok=True)

@@ -324,7 +324,14 @@ def found() -> Path:
 
 
 @contextmanager
-def running(directory: Path, guest: Path, image: str, base: Path | None = None) -> Iterator[Podman]:
+def running(
+    directory: Path,
+    guest: Path,
+    image: str,
+    base: Path | None = None,
+    *,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[Podman]:
     """A podman that is ready; it has to have left nothing behind when it is removed.
 
     Args:
@@ -332,8 +339,9 @@ def running(directory: Path, guest: Path, image: str, base: Path | None = None) 
         guest: The guest's directory.
         image: ``oci:DIR`` of busybox.
         base: As `Podman` has it.
+        environment: As `Podman` has it; the tests' own of the same name comes first.
     """
-    one = Podman(directory, guest, base)
+    one = Podman(directory, guest, base, environment=environment)
     left: list[str] = []
     try:
         one.start(image)

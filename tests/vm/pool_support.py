@@ -85,6 +85,11 @@ class Pool:
                     break
         return found[0]
 
+    def only(self) -> str:
+        """The name of the directory of the only sandbox."""
+        (name,) = os.listdir(self.run_dir / "sandboxes")
+        return name
+
     def path_of(self, sandbox: str) -> str:
         """By which path a sandbox's machine started, with the reason for that; *sandbox* is its directory's name."""
         with EngineClient(str(self.run_dir / "sandboxes" / sandbox / "engine.sock")) as engine:

@@ -43,6 +43,9 @@ class Cri:
         guest: The guest's directory.
         second: Take containerd 2.
         more: Further text for the runtime's section in the daemon's configuration.
+
+    Attributes:
+        count: Of pods so far; the last one's name is ``pN``.
     """
 
     def __init__(self, directory: Path, guest: Path, *, second: bool = USE_SECOND, more: str = "") -> None:
@@ -68,7 +71,7 @@ default_runtime_name = "kata"
             path = directory / "config.toml"
             known = "privileged_without_host_devices = true\n"
             path.write_text(path.read_text().replace(known, known + more + "\n", 1))
-        self._count = 0
+        self.count = 0
 
     def __call__(self, *arguments: str, stdin: bytes = b"", code: int | None = 0) -> str:
         """Run crictl; its standard output, after a look at its exit status."""
@@ -87,8 +90,8 @@ default_runtime_name = "kata"
 
     def pod(self, annotations: Any = None, **linux: Any) -> tuple[str, Path]:
         """Run a pod; its id, and its configuration's file."""
-        self._count += 1
-        name = f"p{self._count}"
+        self.count += 1
+        name = f"p{self.count}"
         path = self._write(
             name,
             {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
@@ -106,8 +107,9 @@ class Docker:
         return self("run", "--runtime", RUNTIME, *arguments, code=code)
 
 
-@pytest.fixture(scope="module")
-def docker(run_directory: Path, guest_assets: Path, busybox_image: str) -> Iterator[Docker]:
+@contextlib.contextmanager
+def running(run_directory: Path, guest_assets: Path) -> Iterator[Docker]:
+    """Both daemons, with an image ``bb``; with them go the containers that they have in the end."""
     program = shutil.which("dockerd", path=PROGRAMS)
     if program is None or shutil.which("docker", path=PROGRAMS) is None:
         pytest.skip("needs docker (apt-get install docker.io docker-cli)")
@@ -176,12 +178,23 @@ def _busybox() -> bytes:
     return out.getvalue()
 
 
-@pytest.fixture(autouse=True)
-def _clean(docker: Docker) -> Iterator[None]:
-    yield
+@pytest.fixture(scope="module")
+def docker(run_directory: Path, guest_assets: Path, busybox_image: str) -> Iterator[Docker]:
+    with running(run_directory, guest_assets) as one:
+        yield one
+
+
+def clean(docker: Docker) -> None:
+    """Remove all containers; no sandbox may be left."""
     for name in docker("ps", "-aq").split():
         docker("rm", "-f", name)
     until(lambda: not docker.containerd.sandboxes(), "no sandbox is left", docker.containerd.diagnosis, 15)
+
+
+@pytest.fixture(autouse=True)
+def _clean(docker: Docker) -> Iterator[None]:
+    yield
+    clean(docker)
 
 
 def test_a_container_with_dockers_network(docker: Docker) -> None:

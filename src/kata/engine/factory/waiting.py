@@ -454,11 +454,17 @@ async def _become(order: _Order, waiting: Waiting) -> None:
 
 
 def _load() -> None:
-    """What an engine loads while its machine boots."""
+    """What an engine loads while its machine boots, and before that."""
     from kata import journal_undo  # noqa: F401
-    from kata.engine.lifecycle import guest_setup, sandbox, teardown  # noqa: F401
-    from kata.engine.services import sandbox_service, task_service  # noqa: F401
+    from kata.agent import dial  # noqa: F401
+    from kata.engine import hostns, signals  # noqa: F401
+    from kata.engine import main as engine  # noqa: F401
+    from kata.engine.containers import hostroot, snapshot_root  # noqa: F401
+    from kata.engine.forwarding import forward, relay  # noqa: F401
+    from kata.engine.lifecycle import guest_setup, idle, sandbox, teardown  # noqa: F401
+    from kata.engine.services import events, sandbox_service, task_service  # noqa: F401
     from kata.engine.services.management_socket import ManagementSocket  # noqa: F401
+    from kata.network import plan, sk_lookup  # noqa: F401
     from kata.proto import sandbox_pb, task_pb, types_pb  # noqa: F401
     from kata.resources import host_cgroup, oom_score, systemd_scope  # noqa: F401
     from kata.ttrpc.server import Server  # noqa: F401
