@@ -303,7 +303,7 @@ class Keeper:
                 self._asked.close()  # who has told it to end waits for that
         if order is not None:
             waiting = Waiting(
-                *(self._started, vm, agent.client, self.shape, self._template.key, self._journal),
+                *(self._started, vm, agent, self.shape, self._template.key, self._journal),
                 self.around,
             )
             if self._oom_score:

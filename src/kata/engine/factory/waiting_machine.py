@@ -11,6 +11,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from kata.agent.client import AgentClient
     from kata.engine.factory.template import Template
     from kata.engine.lifecycle.volumes import Share
     from kata.hypervisor.base import Disk, MachineShape
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from kata.journal import Journal
     from kata.network.netns import SpareTap
     from kata.network.user import NetworkPlan
-    from kata.ttrpc.client import Client
 
 END_S = 5.0
 """How long one that was killed is waited for."""
@@ -93,26 +93,28 @@ class Waiting:
     Args:
         started: The machine.
         vm: The same, in the event loop.
-        client: The connection to its agent.
+        agent: Its agent, whose extensions of the protocol are known.
         shape: What it is.
         key: That of its template.
         journal: Of what it has on the host.
         around: What that is, beside the monitor.
 
     Attributes:
+        client: The connection to its agent.
+        features: The agent's extensions of the protocol.
         reason: Why it is not used; empty as long as it can be.
     """
 
     __slots__ = (
-        *("_gone", "_trees", "_wire", "around", "client", "journal", "key", "reason", "shape"),
-        *("started", "vm"),
+        *("_gone", "_trees", "_wire", "around", "client", "features", "journal", "key", "reason"),
+        *("shape", "started", "vm"),
     )
 
     def __init__(
         self,
         started: Started,
         vm: Machine,
-        client: Client,
+        agent: AgentClient,
         shape: MachineShape,
         key: str,
         journal: Journal,
@@ -120,7 +122,8 @@ class Waiting:
     ) -> None:
         self.started = started
         self.vm = vm
-        self.client = client
+        self.client = agent.client
+        self.features = agent.features
         self.shape = shape
         self.key = key
         self.journal = journal

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from typing import Any, Protocol
 
     from kata.agent.client import AgentClient
+    from kata.engine.factory.waiting_machine import Waiting
     from kata.engine.forwarding.guestnet import GuestNetwork
     from kata.engine.forwarding.network_services import NetworkServices
     from kata.engine.lifecycle.machine_runtime import MachineRuntime
@@ -120,7 +121,7 @@ async def _bring_up(sandbox: BootingSandbox, step: _Step) -> AgentClient:
     if seeds_first and not machine.calls_made:
         # Before anything else draws from what it has of its template's.
         await agent.reseed(os.urandom(SEED_BYTES))
-    features = asyncio.ensure_future(agent.negotiate_features())
+    features = asyncio.ensure_future(_learn_features(agent, machine.waiting))
     _begin_network(sandbox, agent, features)
     assert runtime.vm is not None
     calls: list[Awaitable[object]] = [
@@ -138,6 +139,14 @@ async def _bring_up(sandbox: BootingSandbox, step: _Step) -> AgentClient:
         sandbox.tasks.create_task(_guest_times(sandbox, agent, answered_ns))
     sandbox.timings.add("agent", answered_ns)
     return agent
+
+
+async def _learn_features(agent: AgentClient, waiting: Waiting | None) -> None:
+    """Have the agent's extensions of the protocol known; of a machine that waited they are."""
+    if waiting is not None:
+        agent.features = waiting.features
+    else:
+        await agent.negotiate_features()
 
 
 async def _answered(call: Coroutine[Any, Any, None], exit_reason: asyncio.Future[KataError]) -> None:
