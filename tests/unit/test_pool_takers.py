@@ -16,6 +16,7 @@ import pytest
 
 from kata import children, sysio
 from kata.cli import session
+from kata.engine import launch
 from kata.engine.factory import pool, pool_counts
 from kata.engine.lifecycle import boot_slots
 from kata.journal import Journal
@@ -343,3 +344,37 @@ def test_a_session_lets_others_go_first() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, SOURCE], capture_output=True, text=True, check=True)
     assert done.stdout.split() == [str(children.LOWEST), str(children.SESSION), "0"]
+
+
+# ---- beside the other ways to an engine ----
+
+
+def ways(settings: SandboxSettings) -> list[str]:
+    return [way.__name__ for way in launch._ways(settings)]
+
+
+def test_one_that_waits_comes_before_a_parent_of_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KATA_ENGINE_PARENT", raising=False)
+    settings = sandbox()
+    assert ways(settings) == ["_take_waiting", "_execute"]
+    settings.described().engine_parent = True
+    assert ways(settings) == ["_take_waiting", "_fork_by_parent", "_execute"]
+    settings.described().hypervisor.pool = 0
+    assert ways(settings) == ["_fork_by_parent", "_execute"]
+
+
+def test_why_none_was_taken_reaches_the_engine(own_directory: Path) -> None:
+    """Also where the next way has the sandbox; a machine that can have none is not asked for one."""
+    directory = own_directory / "sandboxes" / "s"
+    journal = Journal.create_dir(str(directory.parent), "s", {"client": "kata", "id": "s"})
+    try:
+        for settings, said in (
+            (sandbox(), "none was waiting"),
+            (sandbox(host_devices=[7]), None),
+        ):
+            plain = settings.to_plain()
+            assert launch._take_waiting(str(directory), settings, plain, journal, (0,) * 6) == 0
+            assert plain.get("not_taken") == said
+            assert SandboxSettings.from_plain(plain).not_taken == (said or "")
+    finally:
+        journal.close()
