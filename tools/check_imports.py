@@ -72,6 +72,7 @@ ALLOWED_SIDEWAYS: frozenset[tuple[str, str]] = frozenset(
         ("host_cache", "paths"),
         ("settings", "errors"),
         ("host_cache", "sysio"),
+        ("events", "json_text"),
         ("events", "paths"),
         ("events", "sysio"),
         ("images", "storage"),  # an image's layers become root file systems

@@ -15,6 +15,7 @@ import os
 import time
 
 from kata import paths, sysio
+from kata.json_text import dumps
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -53,11 +54,6 @@ def line(event: str, members: dict[str, Any]) -> str:
         members: What else is known, as values of JSON; empty and absent ones are left out. Long texts are cut, and of
             too many members the last ones are left out.
     """
-    import json
-
-    def dumps(content: dict[str, Any]) -> str:
-        return json.dumps(content, separators=(",", ":"))
-
     content: dict[str, Any] = {"time": stamp(time.time_ns()), "event": event}
     known = {name: value for name, value in members.items() if value not in (None, "")}
     written = ""

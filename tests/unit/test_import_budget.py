@@ -111,6 +111,16 @@ def test_exec_loads_little_of_python_and_nothing_of_starts() -> None:
     assert loaded & {"kata.cli.run", "kata.engine.launch", "kata.settings", "kata.hypervisor"} == set()
 
 
+def test_the_end_of_a_container_loads_little() -> None:
+    loaded = loaded_by(
+        "kata.cli.main", "kata.cli.lifecycle", "kata.cli.ending", "kata.events", "kata.journal_undo"
+    )
+    assert (
+        loaded & {"json", "re", "contextlib", "collections", "signal", "enum", "typing", "subprocess"}
+        == set()
+    )
+
+
 def _is_third_party(name: str) -> bool:
     return name.split(".")[0] not in sys.stdlib_module_names
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
+import _signal as signal  # type: ignore[import-not-found]  # `signal` makes enumerations, for 3 ms
 import os
-import signal
 import time
 
 from kata import paths
 from kata.cli import records, signals
 from kata.engine.client import EngineClient
 from kata.errors import AgentError, HostError, KataError, NotFoundError, StateError, VMLostError
+from kata.suppress import suppress
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def _is_gone(watch: _Watch, timeout_s: float, *, tell: bool) -> bool:
     orders = [(TELL_AFTER_S, signal.SIGTERM), (KILL_AFTER_S, signal.SIGKILL)] if tell else []
     while os.path.isdir(directory):
         waited = time.monotonic() - began
-        with contextlib.suppress(KataError):  # the journal disappears a moment before its directory
+        with suppress(KataError):  # the journal disappears a moment before its directory
             journal = Journal.open(os.path.join(directory, "journal"))
             try:
                 if not journal.owner_alive():
@@ -142,7 +142,7 @@ def stop(container: Container, grace_s: float, *, force: bool = False) -> None:
             if first != kill and _ends_by(engine, container, first, state["status"], grace_s):
                 return
             # Whatever the guest answers, the engine ends the container.
-            with contextlib.suppress(AgentError, NotFoundError):
+            with suppress(AgentError, NotFoundError):
                 engine.kill(container.id, kill, everything=True, timeout=_AFTER_KILL_S)
             _ends_within(engine, container, _AFTER_KILL_S)
     except ENDED:
@@ -159,7 +159,7 @@ def stop(container: Container, grace_s: float, *, force: bool = False) -> None:
 def _ends_by(engine: EngineClient, container: Container, number: int, status: str, seconds: float) -> bool:
     """Send a signal. Returns whether the container ended in time, whatever the guest answered."""
     until = time.monotonic() + seconds
-    with contextlib.suppress(AgentError, NotFoundError):
+    with suppress(AgentError, NotFoundError):
         if status == records.PAUSED:  # a frozen process cannot act on a signal
             engine.resume(container.id, seconds)
         engine.kill(container.id, number, timeout=max(0.1, until - time.monotonic()))
