@@ -10,7 +10,6 @@ Needs syft (``tools/setup conformance``) and a machine for containers.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -29,22 +28,11 @@ from conftest import Kata  # noqa: E402
 SYFT = ROOT / "build/programs/syft"
 
 
-def layers(layout: Path) -> list[Path]:
-    """The stored layers of an OCI layout with one image, lowest first."""
-
-    def blob(digest: str) -> Path:
-        return layout / "blobs/sha256" / digest[7:]
-
-    top = json.loads((layout / "index.json").read_text())["manifests"][0]
-    manifest = json.loads(blob(top["digest"]).read_text())
-    return [blob(one["digest"]) for one in manifest["layers"]]
-
-
 def unpack(layout: Path, tree: Path) -> int:
     """Unpack an image without whiteouts; the bytes of its files."""
-    for path in layers(layout):
+    for path in inspect_ordinary.stored_layers(layout):
         subprocess.run(["tar", "-C", tree, "--exclude=./dev/*", "-xf", path], check=True)
-    with tarfile.open(layers(layout)[-1]) as tar:
+    with tarfile.open(inspect_ordinary.stored_layers(layout)[-1]) as tar:
         return sum(one.size for one in tar)
 
 

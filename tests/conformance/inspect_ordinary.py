@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -278,5 +277,12 @@ def ordinary(name: str, cache: Path) -> Ordinary:
     )  # fmt: skip
 
 
-def expected(one: Ordinary) -> tuple[Counter[Finding], Counter[Package]]:
-    return Counter(one.findings), Counter(one.packages)
+def stored_layers(layout: Path) -> list[Path]:
+    """The layers of an OCI layout with one image as they are stored, lowest first."""
+
+    def blob(digest: str) -> Path:
+        return layout / "blobs/sha256" / digest[7:]
+
+    top = json.loads((layout / "index.json").read_text())["manifests"][0]
+    manifest = json.loads(blob(top["digest"]).read_text())
+    return [blob(one["digest"]) for one in manifest["layers"]]

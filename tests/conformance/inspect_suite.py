@@ -1,7 +1,8 @@
 """`kata inspect-image` over images that are made to be nasty, and ordinary ones: what it says, and what is right.
 
 For each kind of finding and of package: how many were planted, how many were reported, precision and recall. With
-syft, the packages of the kinds that both know are compared: none may be missing that syft finds.
+syft, the packages of the kinds that both know are compared: none may be missing that syft finds. A run over
+all images writes the tables into docs/inspect-image.md.
 
 Resumable: what was seen of an image is a line of ``build/conformance/inspect.jsonl``, and is not tried again.
 """
@@ -22,12 +23,21 @@ from pathlib import Path
 from typing import Any
 
 import inspect_ordinary
+import marked_page
 import planted_images
 from conftest import ROOT, Kata
 
+from kata.cli import inspect_image, inspect_schema
+from kata.errors import KataError
+from kata.images import handover, platform
+from kata.images.layout import Layout
+
 LINES = ROOT / "build/conformance/inspect.jsonl"
 IMAGES = ROOT / "build/conformance/inspect-images"
+PROGRAM = ROOT / "inspector/target/x86_64-unknown-linux-gnu/release/kata-inspector"
 SYFT = ROOT / "build/programs/syft"
+PAGE = ROOT / "docs/inspect-image.md"
+BEGIN, END = "<!-- written by tools/conformance --inspect -->", "<!-- up to here -->"
 SYFT_KINDS = {
     "deb": "deb", "rpm": "rpm", "apk": "apk", "python": "pypi", "npm": "npm", "go-module": "golang",
     "java-archive": "maven",
@@ -70,20 +80,41 @@ def cases(work: Path, only: str, count: int) -> Iterator[Case]:
         shutil.rmtree(layout)
 
 
-def seen_by_kata(kata: Kata, case: Case) -> dict[str, Any]:
-    """What a machine says of an image, and what of it is wrong."""
-    began = time.monotonic()
+def said_in_machine(kata: Kata, case: Case) -> tuple[str, str]:
+    """What the command prints, and what it says of an error."""
     done = kata.call("inspect-image", "--json", "-q", f"oci:{case.layout}", timeout=900)
+    return done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
+
+
+def said_here(case: Case, work: Path) -> tuple[str, str]:
+    """The same by the program that the machine has, started here."""
+    chosen = handover.of_source(case.name, Layout(str(case.layout)), "", platform.host())
+    target = work / "image"
+    handover.write(str(target), [chosen], {"bytes": 16 << 30, "entries": 1_000_000, "seconds": 600}, {})
+    chosen.close()
+    done = subprocess.run([PROGRAM, "report", target], capture_output=True, timeout=900, check=False)
+    target.unlink()
     try:
-        document = json.loads(done.stdout)
+        [found] = inspect_schema.parse(done.stdout, 1)["images"]
+    except KataError as error:
+        return "", error.message
+    described = inspect_image.described(chosen, found.pop("masks"))
+    return json.dumps({"found": found, "problem": "", **described}), ""
+
+
+def judged(case: Case, said: tuple[str, str], began: float) -> dict[str, Any]:
+    """What of a report is right, and what is wrong."""
+    text, error = said
+    try:
+        document = json.loads(text)
         found = document["found"] or {}
     except ValueError:
-        return {"problem": done.stderr.decode(errors="replace")[-500:] or "it says nothing"}
-    judged = None if case.known is None else inspect_ordinary.JUDGED | set(GRAVE)
+        return {"problem": error[-500:] or "it says nothing"}
+    counted = None if case.known is None else inspect_ordinary.JUDGED | set(GRAVE)
     findings = Counter(
         (one["kind"], one["path"])
         for one in found.get("findings", [])
-        if judged is None or one["kind"] in judged
+        if counted is None or one["kind"] in counted
     )
     packages = Counter(
         (one["kind"], one["name"], one["version"])
@@ -94,7 +125,7 @@ def seen_by_kata(kata: Kata, case: Case) -> dict[str, Any]:
         packages, case.packages = Counter(set(packages)), Counter(set(case.packages))
     hidden = Counter(one["path"] for one in found.get("hidden", {}).get("largest", []))
     problem = document["problem"] or "".join(
-        f"shown: {text[:4]}... " for text in case.text if text in done.stdout.decode()
+        f"shown: {secret[:4]}... " for secret in case.text if secret in text
     )
     if not problem and case.known is None and hidden != Counter(case.hidden):
         problem = f"hidden: {dict(hidden)}"
@@ -120,13 +151,14 @@ def tally(right: Counter[Any], found: Counter[Any]) -> dict[str, Any]:
     }
 
 
-def seen_by_syft(case: Case) -> list[list[str]]:
+def seen_by_syft(case: Case) -> list[list[str]] | None:
+    """What syft finds; None if it ends with an error, as it does with layers that are damaged."""
     done = subprocess.run(
         [SYFT, "scan", f"oci-dir:{case.layout}", "-q", "-o", "json"],
         capture_output=True, timeout=900, check=False, env={**os.environ, "SYFT_CHECK_FOR_APP_UPDATE": "false"},
     )  # fmt: skip
     if done.returncode:
-        return []
+        return None
     found = set()
     for one in json.loads(done.stdout)["artifacts"]:
         if one["type"] in SYFT_KINDS and one["version"]:
@@ -162,37 +194,98 @@ def missed(mine: list[list[str]], theirs: list[list[str]]) -> list[tuple[str, st
     )  # fmt: skip
 
 
+def split(scanner: str, case: Case, absent: list[tuple[str, str, str]]) -> dict[str, Any]:
+    """What a scanner finds and the report has not: packages, and what was planted to look like one.
+
+    Only of nasty images all packages are known: one that was removed and left its settings is none of them.
+    """
+    there = {plain(list(one)) for one in case.packages}
+    wrong = [one for one in absent if case.known is None and one not in there]
+    return {f"{scanner}_missed": [one for one in absent if one not in wrong], f"{scanner}_wrong": wrong}
+
+
+def totals(rows: dict[str, dict[str, Any]], what: str) -> dict[str, list[int]]:
+    """For each kind of findings or of packages: planted, found, and found of those planted."""
+    kinds: dict[str, list[int]] = {}
+    for row in rows.values():
+        for kind, numbers in row.get(what, {}).get("kinds", {}).items():
+            total = kinds.setdefault(kind, [0, 0, 0])
+            for at in range(3):
+                total[at] += numbers[at]
+    return kinds
+
+
+def rates(numbers: list[int]) -> tuple[float, float]:
+    """Precision and recall."""
+    planted, found, right = numbers
+    return right / found if found else 1.0, right / planted if planted else 1.0
+
+
 def show(rows: dict[str, dict[str, Any]]) -> int:
     """Print the tables; how much is wrong."""
     wrong = 0
     for what in ("findings", "packages"):
-        kinds: dict[str, list[int]] = {}
-        for row in rows.values():
-            for kind, numbers in row.get(what, {}).get("kinds", {}).items():
-                total = kinds.setdefault(kind, [0, 0, 0])
-                for at in range(3):
-                    total[at] += numbers[at]
         print(f"\n{what:<26} planted  found  right  precision  recall")
-        for kind, (planted, found, right) in sorted(kinds.items()):
-            precision, recall = right / found if found else 1.0, right / planted if planted else 1.0
+        for kind, numbers in sorted(totals(rows, what).items()):
+            planted, found, right = numbers
+            precision, recall = rates(numbers)
             print(f"{kind:<26} {planted:>7} {found:>6} {right:>6} {precision:>10.3f} {recall:>7.3f}")
     for name, row in rows.items():
         problems = [row["problem"]] if row["problem"] else []
         for what in ("findings", "packages"):
             for key in ("missed", "more"):
                 problems += [f"{key}: {' '.join(one)}" for one in row.get(what, {}).get(key, [])[:10]]
-        problems += [f"syft has {' '.join(one)}" for one in row.get("syft_missed", [])[:20]]
+        for scanner in SCANNERS:
+            problems += [f"{scanner} has {' '.join(one)}" for one in row.get(f"{scanner}_missed", [])[:20]]
         wrong += len(problems)
         for problem in problems:
             print(f"{name}: {problem}")
-    with_syft = [row for row in rows.values() if "syft" in row]
-    if with_syft:
-        print(
-            f"\nbeside syft: {sum(row['syft'] for row in with_syft)} packages of {len(with_syft)} images,"
-            f" {sum(len(row['syft_missed']) for row in with_syft)} of them missing here"
-        )
+    for line in beside(rows):
+        print(line)
     print(f"{len(rows)} images, {wrong} wrong")
     return wrong
+
+
+SCANNERS = {"syft": "syft"}
+"""Member of a row -> what a scanner is called."""
+
+
+def beside(rows: dict[str, dict[str, Any]]) -> list[str]:
+    """What other scanners find, as a table."""
+    lines = []
+    for key, name in SCANNERS.items():
+        those = [row for row in rows.values() if row.get(key) is not None]
+        if those:
+            wrong = sum(len(row.get(f"{key}_wrong", [])) for row in those)
+            absent = sum(len(row[f"{key}_missed"]) for row in those)
+            lines.append(
+                f"| {name} | {len(those)} | {sum(row[key] for row in those)} | {wrong} | {absent} |"
+            )
+    head = [
+        "",
+        "| scanner | images it reads | packages it finds | none: removed, or without a version | missing here |",
+        "|---|---|---|---|---|",
+    ]
+    return head + lines if lines else []
+
+
+def page_lines(rows: dict[str, dict[str, Any]]) -> list[str]:
+    """The tables for the page."""
+    nasty = sum(name.startswith("nasty/") for name in rows)
+    here = sum(row["here"] for row in rows.values())
+    lines = [
+        f"{nasty} nasty images and {len(rows) - nasty} ordinary ones; {len(rows) - here} of them were read",
+        "in machines, the others by the same program without one (`--here`).",
+        "",
+    ]
+    lines += ["| kind | planted | reported | rightly | precision | recall |", "|---|---|---|---|---|---|"]
+    for what in ("findings", "packages"):
+        for kind, numbers in sorted(totals(rows, what).items()):
+            precision, recall = rates(numbers)
+            shown = f"`{kind}`" if what == "findings" else f"packages: {kind}"
+            planted, found, right = numbers
+            lines.append(f"| {shown} | {planted} | {found} | {right} | {precision:.3f} | {recall:.3f} |")
+    return lines + beside(rows)
 
 
 def main() -> int:
@@ -200,6 +293,9 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="TEXT", help="images with this in their name")
     parser.add_argument("--count", type=int, default=0, help="at most so many")
     parser.add_argument("--fresh", action="store_true", help="try again what was tried")
+    parser.add_argument(
+        "--here", action="store_true", help="start the machine's program here: quick, and without a machine"
+    )
     parser.add_argument("--no-syft", action="store_true", help="without syft, be it there")
     options = parser.parse_args()
     LINES.parent.mkdir(parents=True, exist_ok=True)
@@ -216,15 +312,22 @@ def main() -> int:
         for case in cases(work / "images", options.only, options.count):
             row = rows.get(case.name)
             if row is None or (syft and "syft" not in row):
-                row = {"name": case.name, **seen_by_kata(kata, case)}
+                row = {"name": case.name, "here": options.here}
+                began = time.monotonic()
+                said = said_here(case, work) if options.here else said_in_machine(kata, case)
+                row.update(judged(case, said, began))
                 if syft and "all" in row:
                     theirs = seen_by_syft(case)
-                    row.update(syft=len(theirs), syft_missed=missed(row["all"], theirs))
+                    row["syft"] = None if theirs is None else len(theirs)
+                    row.update(split("syft", case, missed(row["all"], theirs or [])))
                 with LINES.open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 print(case.name, row.get("seconds", ""), row["problem"], flush=True)
             chosen[case.name] = row
-    return 1 if show(chosen) else 0
+    wrong = show(chosen)
+    if not options.only and not options.count:
+        marked_page.write(PAGE, BEGIN, END, page_lines(chosen))
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

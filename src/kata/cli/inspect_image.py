@@ -29,7 +29,8 @@ IMAGE is what 'kata run' takes (a name, oci:DIR, oci-archive:FILE, docker-archiv
 standard input: 'docker save NAME | kata inspect-image -'.
 
 The image is unpacked and read in a virtual machine without network and with a throw-away disk. An image that is in the
-local store already has no layers any more: its file system is read.
+local store already has no layers any more: its file system is read. Neither a virus scanner (ClamAV) nor a database of
+vulnerabilities is in it: --cyclonedx and --spdx write what tools that have one read.
 
 exit status: 0 there is a report, 1 --fail-on was met, 125 there is none, or not a whole one."""
 
