@@ -49,6 +49,10 @@ IN_THE_GUEST = (
     " host its whole machine has a cgroup."
 )
 OWN_WORDS = "The test looks for words of runc's own; `--debug` tells how a command ended, and when."
+NO_DEFAULT_ERRNO = (
+    "`defaultErrnoRet` does not reach the guest: its agent's protocol has no field for it. What a profile does not name"
+    " ends with EPERM there."
+)
 REASONS: dict[str, str] = {
     "cgroups: runc run (cgroup v1 + unified resources should fail)": (
         "The guest's cgroups are of version 2, whatever the host's, and take these."
@@ -67,7 +71,21 @@ REASONS: dict[str, str] = {
     "no_pivot: ": "`--no-pivot` is refused by name.",
     "ps: ": "The processes are the guest's, in four columns; options of the host's ps are not taken.",
     "run: runc run --keep (check cgroup exists)": IN_THE_GUEST,
+    "seccomp: runc run [seccomp -ENOSYS handling]": NO_DEFAULT_ERRNO,
+    "seccomp: runc run [seccomp defaultErrnoRet=ENXIO]": NO_DEFAULT_ERRNO,
+    "seccomp: runc run [seccomp] (startContainer hook)": (
+        "The filter holds from the container's own program on; a startContainer hook runs before it."
+    ),
+    "start_hello: runc run [rootless with host pidns]": "The host's PID namespace is refused by name.",
+    "update: update devices [minimal transition rules]": (
+        "The test has a device rule with the access `rwa`, of which `a` is unknown and refused."
+    ),
+    "update: update rt period and runtime": "The guest's kernel has no groups of real-time processes.",
     "update: ": IN_THE_GUEST,
+    "userns: ": (
+        "The agent makes the mounts as the container's root, which in a user namespace may not enter the source."
+    ),
+    "version: ": "The test looks for the word runc.",
 }
 """Beginning of ``FILE: TEST`` -> why it does not pass with kata where it does with runc."""
 

@@ -20,21 +20,6 @@ from waiting import until
 TESTS = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize("way", ["shim", "engine", "serving_engine", "maker", "runtime", "waiter"])
-def test_all_points_are_around_steps_that_there_are(way: str) -> None:
-    """In a process of its own: what they are put around stays so."""
-    program = (
-        f"import sys; sys.path[:0] = {[str(TESTS.parent / 'src'), str(TESTS)]!r}\nfrom faults import stops\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", f"{program}stops._install_{way}()"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-
-
 def test_an_armed_point_stops_who_reaches_it_until_it_is_released(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -62,7 +47,7 @@ def test_an_armed_point_stops_who_reaches_it_until_it_is_released(
     assert went_on.is_set()
 
 
-@pytest.mark.parametrize("where", ["shim", "engine", "runtime"])
+@pytest.mark.parametrize("where", ["shim", "engine", "runtime", "maker", "waiter"])
 def test_the_points_find_their_places_in_the_product(where: str) -> None:
     script = f"""
 import sys
