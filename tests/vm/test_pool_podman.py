@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -79,6 +80,14 @@ def test_a_container_has_the_machine_that_waited(podman: tuple[Podman, Pool], tm
     client("stop", "-t", "0", "web")
     assert client("inspect", "--format", "{{.State.ExitCode}}", "web").strip() == "137"
     client("rm", "web")
+    until(lambda: not os.path.exists(f"/proc/{engine}"), "the engine's end")
+    # One whose conmon is killed is taken away as another one is.
+    engine = pool.filled(start, client.diagnosis)
+    client("--runtime", "kata", "run", "-d", "--name", "lost", IMAGE, "sleep", "1000")
+    assert pool.engine_of(pool.only()) == engine
+    os.kill(int(client("inspect", "--format", "{{.State.ConmonPid}}", "lost")), signal.SIGKILL)
+    client("rm", "-f", "-t", "0", "lost", code=None)
+    client("rm", "-f", "-t", "0", "-a")
     until(lambda: not os.path.exists(f"/proc/{engine}"), "the engine's end")
     # What waits is no container's, and not in a cgroup of one.
     pool.filled(start, client.diagnosis)
