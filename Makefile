@@ -38,7 +38,7 @@ conformance: ## critest against containerd with runc and with kata, writes docs/
 	@tools/setup conformance
 	@tools/conformance $(A)
 
-inspect-suite: ## kata inspect-image over nasty and ordinary images, beside syft; A='--only nasty/ --count 9 --fresh'
+inspect-suite: ## kata inspect-image over nasty and ordinary images, beside syft; A='--only nasty/ --count 9 --fresh --here'
 	@tools/setup test
 	@tools/setup conformance
 	@tools/conformance --inspect $(A)
