@@ -215,6 +215,15 @@ def test_a_secret_in_the_environment_is_redacted() -> None:
     assert shown == "A_TOKEN=abcd... (8 characters)"
 
 
+def test_a_secret_that_looks_masked_is_masked() -> None:
+    config = {"config": {"Env": ["A_TOKEN=hunter2 (8 characters)", "B_TOKEN=abcd... (8 characters)"]}}
+    shown = inspect_image.described(handover.Selection("x", "", json.dumps(config)))
+    assert shown["configuration"]["environment"] == [
+        "A_TOKEN=hunt... (22 characters)",
+        "B_TOKEN=abcd... (8 characters)",
+    ]
+
+
 def test_what_the_machine_calls_secret_is_shown_nowhere() -> None:
     key = "-----BEGIN PRIVATE KEY-----\n" + "Ab1+" * 2000
     config = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sys
 
 from kata.cli import inspect_kinds, values
@@ -13,7 +14,6 @@ from kata.errors import ImageError, KataError, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import re
     from collections.abc import Iterator
     from typing import Any
 
@@ -253,6 +253,8 @@ def described(chosen: Selection, masks: list[str] | None = None) -> dict[str, An
 
 
 _SECRET_WORDS = ("PASSWORD", "PASSWD", "SECRET", "TOKEN", "APIKEY", "API_KEY", "ACCESS_KEY", "PRIVATE_KEY")
+_MASKED = re.compile(r".{4}\.\.\. \(\d+ characters\)", re.DOTALL)
+"""What `_short` makes of a secret."""
 
 
 def _redacted(variables: list[str]) -> list[str]:
@@ -261,7 +263,7 @@ def _redacted(variables: list[str]) -> list[str]:
         key, _, value = one.partition("=")
         hide = len(value) >= 6 and any(word in key.upper() for word in _SECRET_WORDS)
         # What the machine has masked is no secret any more.
-        shown.append(f"{key}={_short(value)}" if hide and not value.endswith(" characters)") else one)
+        shown.append(f"{key}={_short(value)}" if hide and not _MASKED.fullmatch(value) else one)
     return shown
 
 
