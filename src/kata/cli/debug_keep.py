@@ -213,7 +213,8 @@ SPECIFICATION: Mapping[str, Any] = {
 
 RECORD: Mapping[str, Any] = {
     "id": VALUE, "name": VALUE, "created_at": VALUE, "hostname": VALUE, "tty": VALUE, "open_stdin": VALUE,
-    "stdin_once": VALUE, "network": VALUE, "ports": [_PORT],
+    "stdin_once": VALUE, "network": VALUE, "ports": [_PORT], "publish_all": VALUE,
+    "devices": [{"source": VALUE, "path": VALUE, "access": VALUE}],
     "networks": [{"network": VALUE, "address": VALUE, "mac": VALUE, "aliases": COUNT}],
     "upper": VALUE, "cpus": VALUE, "memory": VALUE,
     "hypervisor": VALUE,

@@ -53,10 +53,15 @@ def host_config(record: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
         record: The container's record.
         spec: Its specification; empty where it cannot be read.
     """
-    resources = (spec.get("linux") or {}).get("resources") or {}
+    linux = spec.get("linux") or {}
+    resources = linux.get("resources") or {}
     cpu, block = resources.get("cpu") or {}, resources.get("blockIO") or {}
     bounding = set(((spec.get("process") or {}).get("capabilities") or {}).get("bounding") or ())
     added, dropped = bounding - set(capabilities.DEFAULT), set(capabilities.DEFAULT) - bounding
+    # All capabilities are had by --cap-add ALL, too.
+    confined = bool(linux.get("seccomp") or linux.get("maskedPaths") or linux.get("readonlyPaths"))
+    privileged = bounding == set(capabilities.ALL) and not confined
+    unmasked: list[str] | None = None if privileged or not spec else []
     return {
         "BlkioWeight": block.get("weight", 0),
         "BlkioWeightDevice": block.get("weightDevice") or [],
@@ -70,22 +75,38 @@ def host_config(record: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
         **dict.fromkeys(("IOMaximumBandwidth", "IOMaximumIOps", "OomScoreAdj"), 0),
         "CpuPeriod": cpu.get("period", 0),
         "CpuQuota": cpu.get("quota", 0),
-        "Devices": [],
+        "Devices": [
+            {"PathOnHost": one["source"], "PathInContainer": one["path"], "CgroupPermissions": one["access"]}
+            for one in record.get("devices") or ()
+        ],
         "IpcMode": "private",
         "Links": None,
         "LogConfig": {
             "Type": "json-file",
             "Config": {"max-file": str(record["log"]["files"]), "max-size": str(record["log"]["max_bytes"])},
         },
+        "MaskedPaths": linux.get("maskedPaths") or unmasked,
         "MemorySwap": record["memory"] or 0,
         "MemorySwappiness": None,
         "OomKillDisable": False,
-        "Privileged": bounding == set(capabilities.ALL),
-        "PublishAllPorts": False,
-        "SecurityOpt": None,
+        "Privileged": privileged,
+        "PublishAllPorts": bool(record.get("publish_all")),
+        "ReadonlyPaths": linux.get("readonlyPaths") or unmasked,
+        "SecurityOpt": _security(spec, privileged=privileged) or None,
         "ShmSize": _shm_size(spec),
         "VolumesFrom": None,
     }
+
+
+def _security(spec: dict[str, Any], *, privileged: bool) -> list[str]:
+    """The values of ``--security-opt``; what `--privileged` brings is none of them.
+
+    That of ``systempaths`` is told by the lists of paths, as in Docker.
+    """
+    found = ["no-new-privileges"] if (spec.get("process") or {}).get("noNewPrivileges") else []
+    if spec and not privileged and not (spec.get("linux") or {}).get("seccomp"):
+        found.append("seccomp=unconfined")
+    return found
 
 
 def _shm_size(spec: dict[str, Any]) -> int:

@@ -268,6 +268,7 @@ def make_container(
             "network": choice.network,
             "networks": choice.networks,
             "ports": choice.published(image.config),
+            "publish_all": arguments.flag("publish_all"),
             "volumes": [
                 {"source": source, "destination": destination, "readonly": "ro" in options}
                 for source, destination, options in choice.binds

@@ -121,7 +121,12 @@ class RunOptions:
         process, linux = spec["process"], spec["linux"]
         if self._init:
             process["args"] = [_INIT, "--", *process["args"]]
-        self._apply_devices(linux)
+        if self._devices:
+            self._apply_devices(linux)
+            record["devices"] = [
+                {"source": source, "path": device["path"], "access": access}
+                for source, device, access in self._devices
+            ]
         if self._ulimits:
             # The last one of a kind counts.
             process["rlimits"] = list({one["type"]: one for one in self._ulimits}.values())
@@ -147,7 +152,7 @@ class RunOptions:
             linux.pop("readonlyPaths", None)
 
     def _apply_devices(self, linux: dict[str, Any]) -> None:
-        for device, access in self._devices:
+        for _, device, access in self._devices:
             linux.setdefault("devices", []).append(device)
             allowed = {"allow": True, "access": access, **{k: device[k] for k in ("type", "major", "minor")}}
             linux["resources"].setdefault("devices", []).append(allowed)
@@ -264,11 +269,12 @@ def _word(text: str, option: str) -> str:
     return text
 
 
-def devices(text: str) -> list[tuple[dict[str, Any], str]]:
+def devices(text: str) -> list[tuple[str, dict[str, Any], str]]:
     """Parse ``HOST[:CONTAINER][:ACCESS]``, where HOST is a device or a directory with devices.
 
     Returns:
-        For each device, an entry of the specification's ``devices``, and what may be done with it (``rwm``).
+        For each device, its path on the host, an entry of the specification's ``devices``, and what may be done with it
+        (``rwm``).
     """
     source, *more = text.split(":")
     access = more.pop() if more and more[-1] and not set(more[-1]) - set("rwm") else "rwm"
@@ -280,7 +286,8 @@ def devices(text: str) -> list[tuple[dict[str, Any], str]]:
         names = sorted(os.listdir(source)) if stat.S_ISDIR(mode) else [""]
         found = []
         for name in names:
-            status = os.stat(os.path.join(source, name) if name else source)
+            path = os.path.join(source, name) if name else source
+            status = os.stat(path)
             kind = {stat.S_IFCHR: "c", stat.S_IFBLK: "b"}.get(stat.S_IFMT(status.st_mode))
             if kind is None:
                 continue
@@ -293,7 +300,7 @@ def devices(text: str) -> list[tuple[dict[str, Any], str]]:
                 "uid": status.st_uid,
                 "gid": status.st_gid,
             }
-            found.append((device, access))
+            found.append((path, device, access))
     except OSError as error:
         raise UsageError(f"--device {source}: {error.strerror}", "name a device of this host") from None
     if not found:
@@ -407,18 +414,7 @@ def _resources(a: Arguments) -> dict[str, Any]:
             )
         found["memory"] = {"reservation": wanted}
     if swap is not None:
-        total = -1 if swap == "-1" else values.size(swap, "--memory-swap")
-        if limit is None:
-            raise UsageError("--memory-swap needs the limit of the memory, too", "add -m SIZE")
-        if total != -1 and total < limit:
-            raise UsageError(
-                f"--memory-swap {swap} is below the limit, -m {memory}", f"--memory-swap {memory}"
-            )
-        if total > limit:
-            raise UsageError(
-                f"--memory-swap {swap}: the machine has no swap",
-                f"--memory-swap {memory}, which is no swap, or leave it out",
-            )
+        values.no_swap(swap, memory)
     return found
 
 

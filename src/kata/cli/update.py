@@ -42,10 +42,8 @@ def _wanted(arguments: Arguments) -> tuple[dict[str, Any], dict[str, Any]]:
     """The limits of the options: (resources of the specification, entries of the container's record)."""
     cpus, memory, pids = (arguments.value(name) for name in ("cpus", "memory", "pids_limit"))
     swap = arguments.value("memory_swap")
-    if swap is not None and (
-        memory is None or values.container_memory(swap) != values.container_memory(memory)
-    ):
-        raise UsageError("--memory-swap can only be the same as -m: the machine has no swap", "leave it out")
+    if swap is not None:
+        values.no_swap(swap, memory)
     resources: dict[str, Any] = {}
     record: dict[str, Any] = {}
     if cpus is not None:

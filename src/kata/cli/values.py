@@ -55,6 +55,26 @@ def container_memory(text: str) -> int:
     return found
 
 
+def no_swap(swap: str, memory: str | None) -> None:
+    """Check a ``--memory-swap``, which is memory and swap together: the machine has none.
+
+    Args:
+        swap: Its value; -1 is as much swap as there is.
+        memory: That of ``--memory``; None without it.
+    """
+    total = -1 if swap == "-1" else size(swap, "--memory-swap")
+    if memory is None:
+        raise UsageError("--memory-swap needs the limit of the memory, too", "add -m SIZE")
+    limit = container_memory(memory)
+    if total != -1 and total < limit:
+        raise UsageError(f"--memory-swap {swap} is below the limit, -m {memory}", f"--memory-swap {memory}")
+    if total > limit:
+        raise UsageError(
+            f"--memory-swap {swap}: the machine has no swap",
+            f"--memory-swap {memory}, which is no swap, or leave it out",
+        )
+
+
 def cpus(text: str) -> float:
     """Parse a number of CPUs of at least 0.01, the minimum of the kernel's quota."""
     try:
