@@ -121,7 +121,7 @@ def of_command(command: Command) -> str:
         heading(name.replace(" ", "-"), command.summary),
         synopsis(*forms),
         section("DESCRIPTION", escape(command.summary)),
-        section("OPTIONS", option_list(options)),
+        section("OPTIONS", option_list(options), *notes("\n\n".join(command.exclusions()))),
     ]
     if command.notes:
         parts.append(section("NOTES", *notes(command.notes)))

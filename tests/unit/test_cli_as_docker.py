@@ -11,6 +11,7 @@ import pytest
 from image_support import docker_save, layer, member
 from test_cli_manage import said, state
 
+from kata.cli import image as image_command
 from kata.cli import inspect_members, lifecycle, records, top, usage
 from kata.oci import capabilities
 
@@ -89,6 +90,29 @@ def test_inspect_of_a_privileged_container(image: None, capsys: pytest.CaptureFi
     assert found["HostConfig"]["CapDrop"] == []
 
 
+def test_privileged_is_more_than_all_capabilities(image: None, capsys: pytest.CaptureFixture[str]) -> None:
+    host = create(capsys, "--cap-add", "ALL")["HostConfig"]
+    assert (host["Privileged"], host["SecurityOpt"], host["PublishAllPorts"]) == (False, None, False)
+    assert "/proc/kcore" in host["MaskedPaths"]
+    host = create(capsys, "--privileged")["HostConfig"]
+    assert (host["SecurityOpt"], host["MaskedPaths"], host["ReadonlyPaths"]) == (None, None, None)
+    host = create(
+        capsys, "--security-opt", "no-new-privileges", "--security-opt", "seccomp=unconfined",
+        "--security-opt", "systempaths=unconfined", "--cap-add", "ALL", "-P",
+    )["HostConfig"]  # fmt: skip
+    # This is all that --privileged takes away, and is told as that.
+    assert (host["Privileged"], host["PublishAllPorts"]) == (True, True)
+    host = create(
+        capsys, "--security-opt", "no-new-privileges", "--security-opt", "seccomp=unconfined",
+        "--security-opt", "systempaths=unconfined", "--device", "/dev/null:/dev/nothing:rw",
+    )["HostConfig"]  # fmt: skip
+    assert host["SecurityOpt"] == ["no-new-privileges", "seccomp=unconfined"]
+    assert (host["Privileged"], host["MaskedPaths"], host["ReadonlyPaths"]) == (False, [], [])
+    assert host["Devices"] == [
+        {"PathOnHost": "/dev/null", "PathInContainer": "/dev/nothing", "CgroupPermissions": "rw"}
+    ]
+
+
 def test_an_unreadable_specification_drops_nothing() -> None:
     host = inspect_members.host_config({"memory": None, "log": {"files": 3, "max_bytes": 10}}, {})
     assert (host["CapAdd"], host["CapDrop"], host["ShmSize"]) == ([], [], 0)
@@ -150,5 +174,91 @@ def test_columns_of_processes(
 def test_swap_of_update_is_its_memory(image: None, capsys: pytest.CaptureFixture[str]) -> None:
     name = create(capsys, "-m", "128m")["Id"]
     assert said(capsys, "update", "-m", "256m", "--memory-swap", "256m", name) == f"{name}\n"
-    for swap in (["--memory-swap", "512m", "-m", "256m"], ["--memory-swap", "256m"]):
-        assert "the machine has no swap" in said(capsys, "update", *swap, name, status=125)
+    # The words are those of `run`.
+    for swap, told in (
+        (["--memory-swap", "512m", "-m", "256m"], "the machine has no swap"),
+        (["--memory-swap", "128m", "-m", "256m"], "is below the limit"),
+        (["--memory-swap", "256m"], "needs the limit of the memory"),
+    ):
+        assert told in said(capsys, "update", *swap, name, status=125)
+        assert told in said(capsys, "create", *swap, "bb", "true", status=125)
+    assert said(capsys, "update", "-m", "256m", "--memory-swap", "-1", name) == f"{name}\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "top web -o pid --json",
+        "stats --json --format {{.Name}}",
+        "inspect --json --format {{.Id}} web",
+        "ps -q --json",
+        "ps -q --format {{.ID}}",
+        "ps --json --format {{.ID}}",
+        "ps -l -n 3",
+        "images -q --format {{.ID}}",
+        "images --json --format {{.ID}}",
+        "images -q --json",
+        "history -q --format {{.ID}} bb",
+        "network ls -q --format {{.ID}}",
+        "volume ls -q --format {{.Name}}",
+        "stop --all --latest",
+        "rm --all --latest",
+        "start --all --latest",
+        "pause -a -l",
+    ],
+)
+def test_of_two_options_that_exclude_each_other_none_is_ignored(
+    state: Path, capsys: pytest.CaptureFixture[str], words: str
+) -> None:
+    error = said(capsys, *words.split(), status=125)
+    assert "exclude each other" in error
+    assert "hint: leave out one of the two" in error
+    command = words.split()[: 2 if words.startswith(("network", "volume")) else 1]
+    if len(command) == 1:  # the help says so beforehand
+        assert "\nOnly one of --" in said(capsys, *command, "--help")
+    else:
+        assert "Only one of --quiet, --format." in said(capsys, command[0], "--help")
+
+
+@pytest.mark.parametrize("words", ["inspect -l web", "logs -l web", "wait -l web"])
+def test_the_latest_and_another(state: Path, capsys: pytest.CaptureFixture[str], words: str) -> None:
+    assert "'web' is named, too" in said(capsys, *words.split(), status=125)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "debug level web debug --json",
+        "debug bundle --with-output",
+        "guest info --force",
+        "guest info --kernel small",
+    ],
+)
+def test_an_option_of_another_verb(state: Path, capsys: pytest.CaptureFixture[str], words: str) -> None:
+    assert "hint:" in said(capsys, *words.split(), status=125)
+
+
+def test_a_wrong_template_is_told_before_the_readings(
+    state: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kata.cli.live.Sampler.sample", lambda *_: pytest.fail("it was asked"))
+    assert "{{.Name" in said(capsys, "stats", "--format", "{{.Name", status=125)
+
+
+def test_the_users_of_images_are_looked_for_once(
+    image: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create(capsys)
+    said(capsys, "tag", "bb", "cc")
+    asked: list[int] = []
+    users = image_command.users
+
+    def count() -> dict[str, list[str]]:
+        asked.append(1)
+        return users()
+
+    monkeypatch.setattr(image_command, "users", count)
+    assert said(capsys, "images", "--format", "{{.Containers}}") == "1\n1\n"
+    assert asked == [1]
+    said(capsys, "images")
+    assert asked == [1]  # and only if they are to be shown

@@ -83,6 +83,9 @@ def test_a_container_that_does_not_run_is_put_into_networks_and_out(
     assert where() == [("back", "10.210.1.9"), ("third", "10.210.2.2")]
     assert "not in the network front" in said(capsys, "disconnect", "front", "one", status=125)
     said(capsys, "disconnect", "--force", "front", "one")
+    # That there is no such container or network is one all the same, as in Docker.
+    assert "no container named" in said(capsys, "disconnect", "--force", "front", "two", status=125)
+    assert "no network 'nosuch'" in said(capsys, "disconnect", "--force", "nosuch", "one", status=125)
     said(capsys, "rm", "front")
     assert "no container named" in said(capsys, "connect", "back", "two", status=125)
 

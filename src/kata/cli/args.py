@@ -81,9 +81,13 @@ class Command:
             starts another program's command line.
         notes: Further paragraphs for the help.
         program: Whose command it is.
+        exclusive: Groups of options, by their keys, of which one at most may be given.
     """
 
-    __slots__ = ("interspersed", "least", "most", "name", "notes", "options", "program", "summary", "usage")
+    __slots__ = (
+        *("exclusive", "interspersed", "least", "most", "name", "notes", "options", "program", "summary"),
+        "usage",
+    )
 
     def __init__(
         self,
@@ -97,6 +101,7 @@ class Command:
         interspersed: bool = True,
         notes: str = "",
         program: str = "kata",
+        exclusive: Sequence[Sequence[str]] = (),
     ) -> None:
         self.program = program
         self.name = name
@@ -107,13 +112,14 @@ class Command:
         self.most = most
         self.interspersed = interspersed
         self.notes = notes
+        self.exclusive = exclusive
 
     def parse(self, argv: Sequence[str]) -> Arguments:
         """Parse the arguments after the command's name.
 
         Raises:
-            UsageError: An option is unknown, lacks its value or takes none; or there are too few or too many
-                positional arguments.
+            UsageError: An option is unknown, lacks its value or takes none; two exclude each other; or there are
+                too few or too many positional arguments.
             SystemExit: ``--help`` was given, and the help was printed.
         """
         by_name = {name: option for option in self.options for name in option.names}
@@ -142,6 +148,7 @@ class Command:
                 self._store(values, option, name, queue, value if attached else None)
                 continue
             self._parse_short(by_name, values, word, queue)
+        self._check_exclusive(values)
         self._check_count(rest)
         return Arguments(values, rest)
 
@@ -211,6 +218,16 @@ class Command:
         else:
             values[option.key] = attached
 
+    def _check_exclusive(self, values: dict[str, bool | str | list[str] | None]) -> None:
+        for keys in self.exclusive:
+            given = [key for key in keys if values[key] not in (None, False, [])]
+            if len(given) > 1:
+                names = {option.key: option.names[-1] for option in self.options}
+                raise UsageError(
+                    f"{self.program} {self.name}: {names[given[0]]} and {names[given[1]]} exclude each other",
+                    "leave out one of the two",
+                )
+
     def need(self, rest: list[str], least: int) -> None:
         """Check how many positional arguments there are; for where an option (``--all``) stands for them.
 
@@ -235,6 +252,11 @@ class Command:
                 f"usage: {self.program} {self.name} {self.usage}",
             )
 
+    def exclusions(self) -> list[str]:
+        """A sentence about each group of options that exclude each other."""
+        names = {option.key: option.names[-1] for option in self.options}
+        return [f"Only one of {', '.join(names[key] for key in keys)}." for keys in self.exclusive]
+
     def print_help(self) -> None:
         """Write the help to stdout."""
         lines = [f"usage: {self.program} {self.name} [OPTION...] {self.usage}".rstrip(), "", self.summary]
@@ -244,6 +266,8 @@ class Command:
             width = min(max(map(len, heads)), 30)
             for head, option in zip(heads, self.options, strict=True):
                 lines += _entry(head, option.text, width)
+        for text in self.exclusions():
+            lines += ["", text]
         if self.notes:
             lines += ["", self.notes]
         sys.stdout.write("\n".join(lines) + "\n")

@@ -50,6 +50,10 @@ def _bundle(arguments: Arguments) -> int:
             f"there is no container or sandbox {reference!r}",
             "'kata ps -a' lists containers; without a name, kata debug bundle describes this machine",
         )
+    if subject is None and arguments.flag("with_output"):
+        raise UsageError(
+            "--with-output is about what containers wrote, and none is named", "kata debug bundle CONTAINER"
+        )
     identity = subject.sandbox_id if subject else ""
     label = "".join(char if char.isalnum() or char in "._-" else "_" for char in reference)[:64] or "node"
     about = {"sandbox": identity, "runs": bool(subject and subject.runs)}
@@ -94,8 +98,10 @@ def _level(arguments: Arguments) -> int:
     _, reference, level = arguments.rest
     if level not in _LEVELS:
         raise UsageError(f"there is no level {level!r}", "one of: " + ", ".join(_LEVELS))
-    if arguments.value("output") or arguments.flag("with_output"):
-        raise UsageError("--output and --with-output belong to 'kata debug bundle'")
+    if arguments.value("output") is not None or arguments.flag("with_output") or arguments.flag("json"):
+        raise UsageError(
+            "--output, --with-output and --json belong to 'kata debug bundle'", "leave them out"
+        )
     management.content(sandboxes.management_socket(reference), "PUT", "/kata/v1/log-level", level.encode())
     return 0
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
-from kata.cli import records, table, volumes
+from kata.cli import on_disk, records, table, volumes
 from kata.cli.args import Command, Option
 from kata.images import store
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
     from typing import Any
 
     from kata.cli.args import Arguments
@@ -34,25 +31,6 @@ COMMANDS = {
 }
 
 
-def _taken(paths: Iterable[str]) -> int:
-    """Bytes that files take on the disk; those that are gone take none. A file with several names counts once."""
-    found = {}
-    for path in paths:
-        try:
-            status = os.stat(path, follow_symlinks=False)
-        except OSError:
-            continue
-        found[status.st_dev, status.st_ino] = status.st_blocks * 512
-    return sum(found.values())
-
-
-def _in(directory: str) -> list[str]:
-    try:
-        return [entry.path for entry in os.scandir(directory) if not entry.is_dir(follow_symlinks=False)]
-    except FileNotFoundError:
-        return []
-
-
 def _row(kind: str, files: dict[str, list[str]], active: set[str]) -> dict[str, Any]:
     """A row of the table.
 
@@ -61,8 +39,8 @@ def _row(kind: str, files: dict[str, list[str]], active: set[str]) -> dict[str, 
         files: The files of each thing.
         active: Which of them are used.
     """
-    size = _taken(path for paths in files.values() for path in paths)
-    kept = _taken(path for key in active for path in files.get(key, ()))
+    size = on_disk.taken(path for paths in files.values() for path in paths)
+    kept = on_disk.taken(path for key in active for path in files.get(key, ()))
     share = f" ({100 * (size - kept) // size}%)" if size else ""
     return {
         "Type": kind,
@@ -81,7 +59,7 @@ def _df(arguments: Arguments) -> int:
     images = {one.id: [one.rootfs_path] for one in store.list_images()}
     rows = [
         _row("Images", images, {one.record["image"]["id"] for one in containers}),
-        _row("Containers", {one.id: _in(one.directory) for one in containers}, running),
+        _row("Containers", {one.id: on_disk.files_in(one.directory) for one in containers}, running),
         _row(
             "Local Volumes",
             {one["name"]: [volumes.disk(one["name"])] for one in volumes.everything()},
@@ -89,7 +67,7 @@ def _df(arguments: Arguments) -> int:
         ),
     ]
     show_rows(
-        arguments.value("format") or "table " + "\t".join(f"{{{{.{key}}}}}" for key in _FIELDS),
+        arguments.value("format") or "table",
         rows,
         _FIELDS,
     )

@@ -583,6 +583,10 @@ def _guest_command(arguments: Arguments) -> int:
     from kata.guest import builder
 
     if verb == "info":
+        if arguments.value("kernel") or arguments.many("extension") or arguments.flag("force"):
+            raise UsageError(
+                "kata guest info: --kernel, --extension and --force are options of 'build'", "leave them out"
+            )
         found = builder.info()
         if arguments.flag("json"):
             table.show_json(found)

@@ -60,6 +60,7 @@ COMMANDS = {
         ],
         most=1,
         notes=_NOTES,
+        exclusive=(("quiet", "format", "json"),),
     ),
     "pull": Command(
         "pull",
@@ -122,16 +123,21 @@ def _images(arguments: Arguments) -> int:
         for image in images:
             print(shorten(image.id))
         return 0
+    from functools import cache
+
     from kata.cli.template import show_rows
 
+    in_use = cache(users)
     digest = "\t{{.Digest}}" if arguments.flag("digests") else ""
     form = arguments.value("format") or f"table {{{{.Repository}}}}\t{{{{.Tag}}}}{digest}{_REST}"
-    show_rows(form, [row for image in images for row in _fields(image, shorten)], _FIELDS)
+    show_rows(form, [row for image in images for row in _fields(image, shorten, in_use)], _FIELDS)
     return 0
 
 
-def _fields(image: store.Image, shorten: Callable[[str], str]) -> list[dict[str, Any]]:
-    """What --format may ask for, for each name of an image."""
+def _fields(
+    image: store.Image, shorten: Callable[[str], str], in_use: Callable[[], dict[str, list[str]]]
+) -> list[dict[str, Any]]:
+    """What --format may ask for, for each name of an image; *in_use* is as `users`."""
     rows = []
     for name in image.names or ["<none>"]:
         bare, _, digest = name.partition("@")
@@ -148,7 +154,7 @@ def _fields(image: store.Image, shorten: Callable[[str], str]) -> list[dict[str,
                 "CreatedAt": image.created or "N/A",
                 "Size": table.human_size(image.size),
                 "Platform": image.platform,
-                "Containers": lambda: str(len(users().get(image.id, ()))),
+                "Containers": lambda: str(len(in_use().get(image.id, ()))),
                 "SharedSize": "N/A",
                 "VirtualSize": table.human_size(image.size),
             }

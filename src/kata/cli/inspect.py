@@ -9,9 +9,8 @@ Source: the answers of ``GET /containers/{id}/json`` and ``GET /images/{name}/js
 from __future__ import annotations
 
 import os
-import sys
 
-from kata.cli import inspect_members, records, table
+from kata.cli import inspect_members, objects, records
 from kata.cli.args import Command, Option
 from kata.errors import KataError, NotFoundError, UsageError
 from kata.json_text import loads
@@ -38,6 +37,7 @@ COMMANDS = {
         ],
         notes="A container has Docker's members (Id, State, Config, HostConfig, Mounts, NetworkSettings) beside\n"
         "those of its own record. docs/docker-users.md lists what templates may have.",
+        exclusive=(("format", "json"),),
     ),
     "exists": Command(
         "exists",
@@ -58,68 +58,40 @@ def _kind(arguments: Arguments) -> str | None:
 
 
 def _exists(arguments: Arguments) -> int:
-    [reference], kind = arguments.rest, _kind(arguments)
-    if kind != "image" and records.find_or_none(reference) is not None:
-        return 0
-    if kind == "container":
-        return 1
-    from kata.images import store
-
-    try:
-        store.find(reference)
-    except NotFoundError:
-        return 1
-    return 0
+    kind = _kind(arguments)
+    return objects.exists(lambda reference: _found(reference, kind), arguments.rest[0])
 
 
 def _inspect(arguments: Arguments) -> int:
-    from kata.cli.report import raise_failures
-
-    kind, form = _kind(arguments), arguments.value("format")
-    if arguments.flag("latest"):
-        arguments.rest.append(records.latest().id)
-    COMMANDS["inspect"].need(arguments.rest, 1)
-    template = None
-    if form is not None and form != "json":
-        from kata.cli.template import Template, emit
-
-        template = Template(form)
-    found: list[dict[str, Any]] = []
-    failures: list[KataError] = []
-    for reference in arguments.rest:
-        try:
-            found.append(_entry(reference, kind))
-        except KataError as error:
-            failures.append(error)
-    if template is not None:
-        for entry in found:
-            emit(template.render(_free(entry)))
-    elif form == "json":
-        import json
-
-        sys.stdout.write(json.dumps(found, separators=(",", ":")) + "\n")
-    else:
-        # What was found is printed, as in Docker: an empty list, too.
-        table.show_json(found)
-    sys.stdout.flush()
-    raise_failures(failures)
-    return 0
+    kind = _kind(arguments)
+    named = records.asked_for(arguments)
+    COMMANDS["inspect"].need(named, 1)
+    return objects.inspect(named, arguments.value("format"), lambda name: _entry(name, kind), _free)
 
 
-def _entry(reference: str, kind: str | None) -> dict[str, Any]:
+def _found(reference: str, kind: str | None) -> Container | Image:
+    """What a reference names.
+
+    Raises:
+        NotFoundError: There is nothing of that name.
+    """
     container = None if kind == "image" else records.find_or_none(reference)
     if container is not None:
-        return of_container(container)
+        return container
     if kind != "container":
         from kata.images import store
 
         try:
-            return of_image(store.find(reference))
+            return store.find(reference)
         except NotFoundError:
             if kind == "image":
                 raise
-    container = records.find(reference)  # whose error names what is near
-    return of_container(container)
+    return records.find(reference)  # whose error names what is near
+
+
+def _entry(reference: str, kind: str | None) -> dict[str, Any]:
+    found = _found(reference, kind)
+    return of_container(found) if isinstance(found, records.Container) else of_image(found)
 
 
 def _free(entry: dict[str, Any]) -> dict[str, Any]:

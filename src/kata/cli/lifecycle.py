@@ -6,10 +6,11 @@ import math
 import os
 import time
 
-from kata.cli import records, session, signals
+from kata.cli import objects, records, session, signals
 from kata.cli.args import Command, Option
 from kata.cli.ending import ENDED, stop, wait_for_engine
 from kata.cli.listing import need_running
+from kata.cli.report import REMOVING
 from kata.engine.client import EngineClient
 from kata.errors import KataError, StateError, UsageError
 
@@ -26,6 +27,7 @@ _LONGEST = 1e6
 
 _ALL = "-a --all"
 _LATEST = Option("-l --latest", "", "the container that was made last")
+_ONE_WAY = (("all", "latest"),)
 _IGNORE = Option("-i --ignore", "", "no error for those that are not there")
 COMMANDS = {
     "start": Command(
@@ -38,6 +40,7 @@ COMMANDS = {
             Option("--all", "", "all containers that do not run"),
             _LATEST,
         ],
+        exclusive=_ONE_WAY,
     ),
     "restart": Command(
         "restart",
@@ -52,6 +55,7 @@ COMMANDS = {
             Option(_ALL, "", "all containers"),
             _LATEST,
         ],
+        exclusive=_ONE_WAY,
     ),
     "stop": Command(
         "stop",
@@ -67,6 +71,7 @@ COMMANDS = {
             _LATEST,
             _IGNORE,
         ],
+        exclusive=_ONE_WAY,
     ),
     "kill": Command(
         "kill",
@@ -77,6 +82,7 @@ COMMANDS = {
             Option(_ALL, "", "all containers that run"),
             _LATEST,
         ],
+        exclusive=_ONE_WAY,
     ),
     "rm": Command(
         "rm",
@@ -89,18 +95,21 @@ COMMANDS = {
             _LATEST,
             _IGNORE,
         ],
+        exclusive=_ONE_WAY,
     ),
     "pause": Command(
         "pause",
         "CONTAINER...",
         "Freezes all processes of containers.",
         [Option(_ALL, "", "all that run"), _LATEST],
+        exclusive=_ONE_WAY,
     ),
     "resume": Command(
         "resume",
         "CONTAINER...",
         "Resumes paused containers.",
         [Option(_ALL, "", "all that are paused"), _LATEST],
+        exclusive=_ONE_WAY,
     ),
     "wait": Command(
         "wait", "CONTAINER...", "Waits until containers end and prints their exit codes.", [_LATEST]
@@ -116,18 +125,12 @@ def each(references: list[str], act: Callable[[Container], str | None], exit_cod
         act: Does it to one. What it returns is printed; the reference itself if it returns None.
         exit_code: See `report.raise_failures`.
     """
-    from kata.cli.report import raise_failures
 
-    failures: list[KataError] = []
-    for reference in references:
-        try:
-            shown = act(records.find(reference))
-        except KataError as error:
-            failures.append(error)
-        else:
-            print(reference if shown is None else shown, flush=True)
-    raise_failures(failures, exit_code)
-    return 0
+    def act_on(reference: str) -> str:
+        shown = act(records.find(reference))
+        return reference if shown is None else shown
+
+    return objects.each(references, act_on, exit_code)
 
 
 _ENDING = (signals.number("KILL"), signals.number("TERM"), signals.number("INT"), signals.number("QUIT"))
@@ -136,17 +139,12 @@ _ANY = (records.CREATED, records.RUNNING, records.PAUSED, records.EXITED)
 
 def _chosen(arguments: Arguments, command: str, states: tuple[str, ...] = (records.RUNNING,)) -> list[str]:
     """The containers that a command line names; with ``--all``, the ids of those in one of these states."""
-    if arguments.flag("latest"):
-        if arguments.rest or ("all" in arguments and arguments.flag("all")):
-            raise UsageError(
-                "--latest is about one container, and others are asked for, too", "leave out one"
-            )
-        return [records.latest().id]
     if "all" not in arguments or not arguments.flag("all"):
-        COMMANDS[command].need(arguments.rest, 1)
+        named = records.asked_for(arguments)
+        COMMANDS[command].need(named, 1)
         if "ignore" in arguments and arguments.flag("ignore"):
-            return [text for text in arguments.rest if records.find_or_none(text) is not None]
-        return arguments.rest
+            return [text for text in named if records.find_or_none(text) is not None]
+        return named
     if arguments.rest:
         raise UsageError(
             "--all is about all containers, and some are named, too", "leave out one of the two"
@@ -320,8 +318,6 @@ def _rm(arguments: Arguments) -> int:
     references = _chosen(arguments, "rm", _ANY)
     if force:
         references = [reference for reference in references if records.find_or_none(reference) is not None]
-    from kata.cli.report import REMOVING
-
     return each(references, lambda container: remove(container, force), REMOVING)
 
 

@@ -63,6 +63,7 @@ COMMANDS = {
         ],
         most=0,
         notes=_PS_NOTES,
+        exclusive=(("quiet", "format", "json"), ("last", "latest")),
     ),
     "logs": Command(
         "logs",
@@ -100,6 +101,7 @@ COMMANDS = {
             ),
             _JSON,
         ],
+        exclusive=(("format", "json"),),
     ),
 }
 
@@ -207,11 +209,9 @@ def _fields(container: Container, state: dict[str, Any], full: bool) -> dict[str
     mounts += [one.get("volume") or one["destination"] for one in record.get("disk_volumes") or ()]
 
     def size() -> str:
-        try:
-            written = os.stat(os.path.join(container.directory, "rw.img")).st_blocks * 512
-        except FileNotFoundError:
-            written = 0
-        return table.human_size(written)
+        from kata.cli import on_disk
+
+        return table.human_size(on_disk.taken([os.path.join(container.directory, "rw.img")]))
 
     return {
         "ID": container.id if full else container.id[:12],
@@ -224,7 +224,7 @@ def _fields(container: Container, state: dict[str, Any], full: bool) -> dict[str
         "ExitCode": int(state.get("exit_code", 137)) if state["status"] == records.EXITED else 0,
         "Ports": ", ".join(map(port_text, record["ports"])),
         "Names": container.name,
-        "Labels": ",".join(f"{key}={value}" for key, value in sorted(labels.items())),
+        "Labels": table.labels(labels),
         "Label": lambda key="": labels.get(key, ""),
         "Mounts": ",".join(mounts),
         "Networks": ",".join(records.network_names(record)),
@@ -270,11 +270,8 @@ def need_running(container: Container) -> dict[str, Any]:
 
 
 def _logs(arguments: Arguments) -> int:
-    if arguments.flag("latest"):
-        if arguments.rest:
-            raise UsageError("--latest is about one container, and one is named, too", "leave out one")
-        arguments.rest.append(records.latest().id)
-    COMMANDS["logs"].need(arguments.rest, 1)
+    named = records.asked_for(arguments)
+    COMMANDS["logs"].need(named, 1)
     tail = _tail_count(arguments.value("tail"))
     guest, engine = arguments.flag("guest"), arguments.flag("engine")
     if guest or engine:
@@ -290,13 +287,13 @@ def _logs(arguments: Arguments) -> int:
                 "kata-log-parser filters those of engines",
             )
         return sandbox_log.show(
-            arguments.rest[0],
+            named[0],
             guest=guest,
             tail=tail,
             follow=arguments.flag("follow"),
             as_json=arguments.flag("json"),
         )
-    container = records.find(arguments.rest[0])
+    container = records.find(named[0])
     printer = _LogPrinter(timestamps=arguments.flag("timestamps"), as_json=arguments.flag("json"))
     reader = _LogReader(container)
     is_asked = _period(arguments)

@@ -44,6 +44,7 @@ COMMANDS = {
         ],
         least=1,
         most=1,
+        exclusive=(("quiet", "format"),),
         notes="SIZE is that of the layer as it was fetched, packed: the layers themselves are not kept.\n"
         f"fields of --format: {' '.join(_HISTORY_FIELDS)} CreatedAt",
     ),
@@ -426,7 +427,7 @@ def _is_older(created: str, limit: float | None) -> bool:
 
 
 def _prune_containers(labels: list[str], limit: float | None) -> tuple[list[str], int, list[KataError]]:
-    from kata.cli import filters
+    from kata.cli import filters, on_disk
     from kata.cli.ending import wait_for_engine
 
     gone, freed = [], 0
@@ -442,10 +443,7 @@ def _prune_containers(labels: list[str], limit: float | None) -> tuple[list[str]
         try:
             if not wait_for_engine(container):
                 continue
-            size = sum(
-                entry.stat(follow_symlinks=False).st_blocks * 512
-                for entry in os.scandir(container.directory)
-            )
+            size = on_disk.taken(on_disk.files_in(container.directory))
             records.remove(container)
         except KataError as error:
             failures.append(error)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-
-from kata.cli import networks, records, table
+from kata.cli import networks, objects, records, table
 from kata.cli.args import Command, Option
-from kata.errors import KataError, NotFoundError, UsageError
+from kata.errors import UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -71,6 +69,7 @@ SUBCOMMANDS = {
             Option("--no-trunc", "", "whole ids"),
         ],
         most=0,
+        exclusive=(("quiet", "format"),),
     ),
     "rm": Command(
         "network rm",
@@ -106,15 +105,6 @@ SUBCOMMANDS = {
 }
 """The commands after ``network``."""
 
-
-def _listed() -> str:
-    lines = []
-    for command in SUBCOMMANDS.values():
-        lines += ["", f"{command.name} [OPTION...] {command.usage}".rstrip(), f"    {command.summary}"]
-        lines += [f"    {', '.join(o.names)} {o.metavar}".rstrip() + f": {o.text}" for o in command.options]
-    return "\n".join(lines[1:])
-
-
 COMMANDS = {
     "network": Command(
         "network",
@@ -122,20 +112,15 @@ COMMANDS = {
         "Makes, lists and removes networks, in which containers find each other by name.",
         least=1,
         interspersed=False,
-        notes=_listed() + "\n\n"
+        notes=objects.listed(SUBCOMMANDS) + "\n\n"
         "kata run --network NAME puts a new container into one. It is found there by its name, id and aliases.\n"
         "Nothing goes from one network to another. What is outside is reached as without a network.",
     )
 }
-_OTHER_NAMES = {"list": "ls", "remove": "rm"}
 
 
 def _network(arguments: Arguments) -> int:
-    name, *rest = arguments.rest
-    name = _OTHER_NAMES.get(name, name)
-    if name not in SUBCOMMANDS:
-        raise UsageError(f"kata network has no command {name!r}", "one of " + ", ".join(SUBCOMMANDS))
-    return _HANDLERS[name](SUBCOMMANDS[name].parse(rest))
+    return objects.dispatch("network", arguments.rest, SUBCOMMANDS, _HANDLERS)
 
 
 def _create(arguments: Arguments) -> int:
@@ -168,12 +153,8 @@ def _connect(arguments: Arguments) -> int:
 
 def _disconnect(arguments: Arguments) -> int:
     network, name = arguments.rest
-    try:
-        with networks.locked():
-            networks.disconnect(network, records.find(name))
-    except NotFoundError:
-        if not arguments.flag("force"):
-            raise
+    with networks.locked():
+        networks.disconnect(network, records.find(name), force=arguments.flag("force"))
     return 0
 
 
@@ -230,7 +211,7 @@ def _ls(arguments: Arguments) -> int:
             "Driver": "bridge",
             "Scope": "local",
             "Subnet": one["subnet"],
-            "Labels": ",".join(f"{key}={value}" for key, value in sorted(one["labels"].items())),
+            "Labels": table.labels(one["labels"]),
             "CreatedAt": one["created_at"],
         }
         for one in found
@@ -240,71 +221,27 @@ def _ls(arguments: Arguments) -> int:
     return 0
 
 
-def _each(names: list[str], act: Callable[[str], None], exit_code: int | None = None) -> None:
-    from kata.cli.report import raise_failures
-
-    failures: list[KataError] = []
-    for name in names:
-        try:
-            act(name)
-        except KataError as error:
-            failures.append(error)
-    sys.stdout.flush()
-    raise_failures(failures, exit_code)
-
-
 def _rm(arguments: Arguments) -> int:
-    from kata.cli.report import REMOVING
-
-    force = arguments.flag("force")
-
     def act(name: str) -> None:
-        try:
-            with networks.locked():
-                networks.remove(name)
-        except NotFoundError:
-            if not force:
-                raise
-            return
-        print(name)
+        with networks.locked():
+            networks.remove(name)
 
-    _each(arguments.rest, act, REMOVING)
-    return 0
+    return objects.remove(arguments.rest, act, force=arguments.flag("force"))
 
 
 def _inspect(arguments: Arguments) -> int:
-    from kata.cli.template import FreeKeys, Template, emit
+    from kata.cli.template import FreeKeys
 
-    form = arguments.value("format")
-    template = None if form in (None, "json") else Template(str(form))
-    found: list[dict[str, Any]] = []
-    failure: KataError | None = None
-    try:
-        _each(arguments.rest, lambda name: found.append(_about(networks.find(name))))
-    except KataError as error:
-        failure = error
-    if template is not None:
-        for one in found:
-            free = {key: FreeKeys(one[key]) for key in ("Labels", "Containers", "Options")}
-            emit(template.render({**one, **free}))
-    elif form == "json":
-        import json
+    def free(one: dict[str, Any]) -> dict[str, Any]:
+        return {**one, **{key: FreeKeys(one[key]) for key in ("Labels", "Containers", "Options")}}
 
-        print(json.dumps(found, separators=(",", ":")))
-    else:
-        table.show_json(found)
-    if failure is not None:
-        sys.stdout.flush()
-        raise failure
-    return 0
+    return objects.inspect(
+        arguments.rest, arguments.value("format"), lambda name: _about(networks.find(name)), free
+    )
 
 
 def _exists(arguments: Arguments) -> int:
-    try:
-        networks.find(arguments.rest[0])
-    except NotFoundError:
-        return 1
-    return 0
+    return objects.exists(networks.find, arguments.rest[0])
 
 
 def _prune(arguments: Arguments) -> int:

@@ -342,21 +342,24 @@ def connect(reference: str, container: records.Container, aliases: list[str], ad
     _keep(container, more)
 
 
-def disconnect(reference: str, container: records.Container) -> None:
+def disconnect(reference: str, container: records.Container, *, force: bool = False) -> None:
     """Take a container out of a network; one that runs, at once. The caller holds the lock.
 
     Args:
         reference: The network's name or id. The network may be gone.
         container: The container.
+        force: It is no error if the container is not in the network, as in Podman.
 
     Raises:
-        NotFoundError: It is not in that network.
+        NotFoundError: It is not in that network, or there is no such network.
         StateError: What is asked for is not for a machine that runs.
     """
     places = list(container.record.get("networks") or ())
     name = reference if any(one["network"] == reference for one in places) else find(reference)["name"]
     kept = [one for one in places if one["network"] != name]
     if kept == places:
+        if force:
+            return
         raise NotFoundError(
             f"container {container.name} is not in the network {name}",
             f"kata inspect -f '{{{{json .NetworkSettings.Networks}}}}' {container.name}",

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from kata.cli.args import Arguments
+
 CREATED, RUNNING, PAUSED, EXITED = "created", "running", "paused", "exited"
 _RECORD = "container.json"
 _LOST = "its engine ended without recording why: it was killed, or the host went down"
@@ -428,6 +430,23 @@ def named(name: str) -> Container | None:
             return load(file.read().strip())
     except (FileNotFoundError, ValueError):
         return None
+
+
+def asked_for(arguments: Arguments) -> list[str]:
+    """The containers that a command line names: with ``--latest``, the id of the one that was made last.
+
+    Raises:
+        UsageError: Others are named beside ``--latest``.
+        NotFoundError: There is none at all.
+    """
+    if not arguments.flag("latest"):
+        return arguments.rest
+    if arguments.rest:
+        raise UsageError(
+            f"--latest is about one container, and {arguments.rest[0]!r} is named, too",
+            "leave out one of the two",
+        )
+    return [latest().id]
 
 
 def find_or_none(reference: str) -> Container | None:

@@ -7,7 +7,7 @@ import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from typing import Any
 
 
@@ -31,6 +31,18 @@ def show_json(content: Any) -> None:
 
     json.dump(content, sys.stdout, indent=2)
     sys.stdout.write("\n")
+
+
+def show_json_line(content: Any) -> None:
+    """Print JSON to stdout, in one line without spaces."""
+    import json
+
+    sys.stdout.write(json.dumps(content, separators=(",", ":")) + "\n")
+
+
+def labels(found: Mapping[str, str]) -> str:
+    """Labels as a list has them: sorted, ``KEY=VALUE`` with commas between."""
+    return ",".join(f"{key}={value}" for key, value in sorted(found.items()))
 
 
 def printable(text: str) -> str:

@@ -432,31 +432,49 @@ def emit(text: str) -> None:
     sys.stdout.write(text + "\n")
 
 
-def show_rows(form: str, rows: list[dict[str, Any]], headings: dict[str, str]) -> None:
-    """Print what a list is with ``--format``: a line for each row.
+class Rows:
+    """How a list is printed with ``--format``: a line for each row.
 
     Args:
         form: ``json``, ``table``, ``table TEMPLATE`` or a template; backslash-t and -n in it are a tab and a newline.
-        rows: The fields of each; functions without arguments are called where they are asked for.
         headings: Field -> its heading in a table. ``json`` has these fields.
-    """
-    from kata.cli import table
 
-    if form == "json":
-        for row in rows:
-            plain = {key: row[key]() if callable(row[key]) else row[key] for key in headings}
-            emit(_escaped(plain))
-        return
-    text = form.replace("\\t", "\t").replace("\\n", "\n")
-    is_table = text == "table" or text.startswith("table ")
-    if text == "table":
-        text = "\t".join(f"{{{{.{field}}}}}" for field in headings)
-    template = Template(text.removeprefix("table ").lstrip() if is_table else text)
-    if not is_table:
-        for row in rows:
-            emit(template.render(row))
-        return
-    cells = [template.render(row).split("\t") for row in rows]
-    head = template.heading(headings).split("\t")
-    width = max(map(len, [head, *cells]))
-    table.show(head + [""] * (width - len(head)), [row + [""] * (width - len(row)) for row in cells])
+    Raises:
+        UsageError: The template is malformed.
+    """
+
+    def __init__(self, form: str, headings: dict[str, str]) -> None:
+        self._headings = headings
+        text = form.replace("\\t", "\t").replace("\\n", "\n")
+        self._is_table = text == "table" or text.startswith("table ")
+        if text == "table":
+            text = "\t".join(f"{{{{.{field}}}}}" for field in headings)
+        self._template = (
+            None
+            if form == "json"
+            else Template(text.removeprefix("table ").lstrip() if self._is_table else text)
+        )
+
+    def show(self, rows: list[dict[str, Any]]) -> None:
+        """Print rows: the fields of each; functions without arguments are called where they are asked for."""
+        from kata.cli import table
+
+        template = self._template
+        if template is None:
+            for row in rows:
+                plain = {key: row[key]() if callable(row[key]) else row[key] for key in self._headings}
+                emit(_escaped(plain))
+            return
+        if not self._is_table:
+            for row in rows:
+                emit(template.render(row))
+            return
+        cells = [template.render(row).split("\t") for row in rows]
+        head = template.heading(self._headings).split("\t")
+        width = max(map(len, [head, *cells]))
+        table.show(head + [""] * (width - len(head)), [row + [""] * (width - len(row)) for row in cells])
+
+
+def show_rows(form: str, rows: list[dict[str, Any]], headings: dict[str, str]) -> None:
+    """Print rows once; see `Rows`."""
+    Rows(form, headings).show(rows)

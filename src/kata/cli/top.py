@@ -39,6 +39,7 @@ COMMANDS = {
             ),
         ],
         most=1,
+        exclusive=(("json", "o"),),
         notes="Keys: arrows and page keys move, Enter shows one sandbox and Escape goes back; n s a c m o g t d sort"
         " by name, state, age, CPU, memory, overhead, memory given back, traffic, disk, and once more turns the order;"
         " / filters; q ends.",

@@ -93,11 +93,16 @@ def show(chosen: list[str], *, seconds: float, stream: bool, as_json: bool, form
         seconds: Time between two readings.
         stream: Whether to continue until interrupted.
         as_json: Whether to print JSON.
-        form: What to print instead, as `template.show_rows` has it.
+        form: What to print instead, as `template.Rows` has it.
 
     Returns:
         The exit status: 125 if one of *chosen* has not answered, which is told on stderr.
     """
+    rows = None
+    if form is not None:
+        from kata.cli.template import Rows
+
+        rows = Rows(form, FIELDS)  # a mistake in it is told before the readings
     sampler = live.Sampler(list_directories=lambda: chosen or list(sandboxes.settings_by_directory()))
     sampler.sample()
     warned: set[str] = set()
@@ -114,17 +119,15 @@ def show(chosen: list[str], *, seconds: float, stream: bool, as_json: bool, form
                     f"warning: no statistics of {sandbox.name}: {live.clean(sandbox.problem)}\n"
                 )
         if as_json:
-            table.show_json([row for rows in answered for row in rows])
+            table.show_json([row for of_one in answered for row in of_one])
         else:
             if stream:
                 sys.stdout.write("\x1b[H\x1b[J")
             fields = [
-                _fields(row, is_first=not index) for rows in answered for index, row in enumerate(rows)
+                _fields(row, is_first=not index) for of_one in answered for index, row in enumerate(of_one)
             ]
-            if form is not None:
-                from kata.cli.template import show_rows
-
-                show_rows(form, fields, FIELDS)
+            if rows is not None:
+                rows.show(fields)
             else:
                 shown = list(FIELDS)[:-1]
                 table.show(

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 
-from kata.cli import table, values, volumes
+from kata.cli import objects, on_disk, table, values, volumes
 from kata.cli.args import Command, Option
 from kata.cli.mounts import DEFAULT_SIZE
-from kata.errors import KataError, NotFoundError, UsageError
+from kata.errors import UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -48,6 +47,7 @@ SUBCOMMANDS = {
             Option("--format", "TEMPLATE", f"fields: {' '.join(_FIELDS)}; or 'table TEMPLATE', or json"),
         ],
         most=0,
+        exclusive=(("quiet", "format"),),
     ),
     "rm": Command(
         "volume rm",
@@ -84,15 +84,6 @@ SUBCOMMANDS = {
 }
 """The commands after ``volume``."""
 
-
-def _listed() -> str:
-    lines = []
-    for command in SUBCOMMANDS.values():
-        lines += ["", f"{command.name} [OPTION...] {command.usage}".rstrip(), f"    {command.summary}"]
-        lines += [f"    {', '.join(o.names)} {o.metavar}".rstrip() + f": {o.text}" for o in command.options]
-    return "\n".join(lines[1:])
-
-
 COMMANDS = {
     "volume": Command(
         "volume",
@@ -100,20 +91,15 @@ COMMANDS = {
         "Makes, lists and removes volumes with a name, which outlive their containers.",
         least=1,
         interspersed=False,
-        notes=_listed() + "\n\n"
+        notes=objects.listed(SUBCOMMANDS) + "\n\n"
         "A volume is an ext4 file system in a sparse file that is a disk of its container's machine. It is filled\n"
         "with the image's content when it is first mounted. One container at a time can run with it.",
     )
 }
-_OTHER_NAMES = {"list": "ls", "remove": "rm"}
 
 
 def _volume(arguments: Arguments) -> int:
-    name, *rest = arguments.rest
-    name = _OTHER_NAMES.get(name, name)
-    if name not in SUBCOMMANDS:
-        raise UsageError(f"kata volume has no command {name!r}", "one of " + ", ".join(SUBCOMMANDS))
-    return _HANDLERS[name](SUBCOMMANDS[name].parse(rest))
+    return objects.dispatch("volume", arguments.rest, SUBCOMMANDS, _HANDLERS)
 
 
 def _create(arguments: Arguments) -> int:
@@ -153,13 +139,6 @@ def _about(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _taken(name: str) -> int:
-    try:
-        return os.stat(volumes.disk(name)).st_blocks * 512
-    except OSError:
-        return 0
-
-
 def _ls(arguments: Arguments) -> int:
     from kata.cli import filters
     from kata.cli.template import show_rows
@@ -188,8 +167,8 @@ def _ls(arguments: Arguments) -> int:
     rows = [
         {
             **_about(one),
-            "Labels": ",".join(f"{key}={value}" for key, value in sorted(one["labels"].items())),
-            "Size": table.human_size(_taken(one["name"])),
+            "Labels": table.labels(one["labels"]),
+            "Size": table.human_size(on_disk.taken([volumes.disk(one["name"])])),
         }
         for one in found
     ]
@@ -197,70 +176,27 @@ def _ls(arguments: Arguments) -> int:
     return 0
 
 
-def _each(names: list[str], act: Callable[[str], None], exit_code: int | None = None) -> int:
-    from kata.cli.report import raise_failures
-
-    failures: list[KataError] = []
-    for name in names:
-        try:
-            act(name)
-        except KataError as error:
-            failures.append(error)
-    sys.stdout.flush()
-    raise_failures(failures, exit_code)
-    return 0
-
-
 def _rm(arguments: Arguments) -> int:
-    from kata.cli.report import REMOVING
-
-    force = arguments.flag("force")
-
     def act(name: str) -> None:
-        try:
-            with volumes.locked():
-                volumes.remove(name)
-        except NotFoundError:
-            if not force:
-                raise
-            return
-        print(name)
+        with volumes.locked():
+            volumes.remove(name)
 
-    return _each(arguments.rest, act, REMOVING)
+    return objects.remove(arguments.rest, act, force=arguments.flag("force"))
 
 
 def _inspect(arguments: Arguments) -> int:
-    from kata.cli.template import FreeKeys, Template, emit
+    from kata.cli.template import FreeKeys
 
-    form = arguments.value("format")
-    template = None if form in (None, "json") else Template(str(form))
-    found: list[dict[str, Any]] = []
-    failure: KataError | None = None
-    try:
-        _each(arguments.rest, lambda name: found.append(_about(volumes.find(name))))
-    except KataError as error:
-        failure = error
-    if template is not None:
-        for one in found:
-            emit(template.render({**one, "Labels": FreeKeys(one["Labels"])}))
-    elif form == "json":
-        import json
-
-        print(json.dumps(found, separators=(",", ":")))
-    else:
-        table.show_json(found)
-    if failure is not None:
-        sys.stdout.flush()
-        raise failure
-    return 0
+    return objects.inspect(
+        arguments.rest,
+        arguments.value("format"),
+        lambda name: _about(volumes.find(name)),
+        lambda one: {**one, "Labels": FreeKeys(one["Labels"])},
+    )
 
 
 def _exists(arguments: Arguments) -> int:
-    try:
-        volumes.find(arguments.rest[0])
-    except NotFoundError:
-        return 1
-    return 0
+    return objects.exists(volumes.find, arguments.rest[0])
 
 
 def _prune(arguments: Arguments) -> int:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 
 from kata import paths
-from kata.cli import records
+from kata.cli import on_disk, records
 from kata.errors import AlreadyExistsError, JournalError, NotFoundError, StateError, UsageError
 from kata.journal import Journal
 
@@ -172,12 +172,9 @@ def remove(name: str) -> int:
         raise StateError(
             f"the volume {name} is in use by the container {holders[0].name}", f"kata rm {holders[0].name}"
         )
-    try:
-        taken = os.stat(disk(name)).st_blocks * 512
-    except FileNotFoundError:
-        taken = 0
+    freed = on_disk.taken([disk(name)])
     _clear(name)
-    return taken
+    return freed
 
 
 def check_free(container: records.Container) -> None:
