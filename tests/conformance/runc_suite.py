@@ -63,6 +63,9 @@ REASONS: dict[str, str] = {
     "cgroups: ": IN_THE_GUEST,
     "debug: ": OWN_WORDS,
     "delete: ": IN_THE_GUEST,
+    "events: events oom": (
+        "Under emulation the guest takes longer to fill its memory than the test waits, ten seconds; the event comes."
+    ),
     "exec: runc --debug": OWN_WORDS,
     "exec: runc exec --cgroup": "There is no `--cgroup`: a process is in the container's cgroup of the guest.",
     "exec: runc exec --preserve-fds": "An open file of the host means nothing in another kernel: refused by name.",
