@@ -510,9 +510,11 @@ class EndpointSettings(Part):
         prefix: Length of the network's prefix, bits.
         mac: Hardware address of the guest's interface.
         names: By which the others of the network find it, the container's own first.
+        address6: IPv6 address of the guest in it; empty for none.
+        prefix6: Length of that one's prefix, bits.
     """
 
-    __slots__ = ("address", "mac", "names", "namespace", "network", "path", "prefix")
+    __slots__ = ("address", "address6", "mac", "names", "namespace", "network", "path", "prefix", "prefix6")
 
     def __init__(
         self,
@@ -524,7 +526,11 @@ class EndpointSettings(Part):
         prefix: int,
         mac: str,
         names: Sequence[str] = (),
+        address6: str = "",
+        prefix6: int = 0,
     ) -> None:
+        self.address6 = address6
+        self.prefix6 = prefix6
         self.network = network
         self.path = path
         self.namespace = namespace

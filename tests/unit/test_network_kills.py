@@ -120,7 +120,7 @@ def _removed(name: str) -> None:
 
 def _make() -> None:
     with networks.locked():
-        networks._hold(networks.create("front", "10.5.0.0/24"))
+        networks._hold(networks.create("front", ["10.5.0.0/24"]))
 
 
 def test_making_a_network() -> None:
@@ -130,7 +130,7 @@ def test_making_a_network() -> None:
 def test_a_network_is_made_in_full_after_a_making_that_was_killed() -> None:
     def make_again() -> None:
         with networks.locked():
-            record = networks.load("front") or networks.create("front", "10.5.0.0/24")
+            record = networks.load("front") or networks.create("front", ["10.5.0.0/24"])
             holder = networks._hold(record)
         assert _links(holder.path) == set()
         _removed("front")
@@ -157,7 +157,7 @@ def _links(namespace: str) -> set[str]:
 
 def test_an_engine_in_networks(tmp_path: Path) -> None:
     with networks.locked():
-        records = [networks.create("front", "10.5.0.0/24"), networks.create("back", "10.6.0.0/24")]
+        records = [networks.create("front", ["10.5.0.0/24"]), networks.create("back", ["10.6.0.0/24"])]
         namespaces = [networks._hold(record).path for record in records]
     front, back = (
         EndpointSettings(

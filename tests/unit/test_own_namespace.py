@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -41,7 +43,9 @@ def test_who_has_ended_is_written_down_no_longer(state: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes an ordinary user")
-def test_commands_come_into_the_namespace_of_those_that_run(tmp_path: Path) -> None:
+def test_commands_come_into_the_namespace_of_those_that_run(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     """Of two that start at the same time as well; a third, when these have ended, makes another."""
     script = textwrap.dedent(
         """
@@ -54,12 +58,15 @@ def test_commands_come_into_the_namespace_of_those_that_run(tmp_path: Path) -> N
         """
     )
     user = 1_800_000_007
+    # Where another user can go, unlike pytest's own directory.
+    base = Path(tempfile.mkdtemp(prefix="kt-namespace-", dir="/tmp"))
+    request.addfinalizer(lambda: shutil.rmtree(base))
+    base.chmod(0o755)
     for name in ("s", "s/networks", "s/networks/front", "r"):
-        (tmp_path / name).mkdir()
-        os.chown(tmp_path / name, user, user)
-    os.chmod(tmp_path, 0o755)
-    for parent in tmp_path.parents[:2]:
-        os.chmod(parent, 0o755)
+        (base / name).mkdir()
+        os.chown(base / name, user, user)
+    monkeypatch.setenv("KATA_STATE_DIR", str(base / "s"))
+    monkeypatch.setenv("KATA_RUN_DIR", str(base / "r"))
 
     def begin() -> subprocess.Popen[str]:
         identity = ["--reuid", str(user), "--regid", str(user), "--clear-groups"]

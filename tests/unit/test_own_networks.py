@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import fcntl
+import ipaddress
 import json
 import os
 import struct
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from kata import paths
-from kata.cli import main, networks, records
+from kata.cli import main, networks, records, subnets
 from kata.errors import StateError, UsageError
 from kata.network import members, own_names, resolver
 
@@ -109,7 +111,7 @@ def test_a_container_is_not_cut_off_from_what_it_publishes(
 
 
 def test_addresses(state: Path) -> None:
-    networks.create("small", "10.5.0.0/29")
+    networks.create("small", ["10.5.0.0/29"])
     assert networks.create("next")["subnet"] == "10.210.0.0/24"
     with_place("one", "small", "10.5.0.3")
     found = [with_place(f"c{number}", "small") for number in range(4)]
@@ -122,13 +124,60 @@ def test_addresses(state: Path) -> None:
             networks.place("small", [], wrong)
     for wrong in ("10.5.0.0/28", "10.0.2.0/24", "10.0.0.0/8", "10.7.0.0/31", "10.7.0.1/24", "fd00::/64"):
         with pytest.raises(UsageError, match="--subnet"):
-            networks.create("wrong", wrong)
+            networks.create("wrong", [wrong])
     records_dir = networks.directory()
     assert sorted(os.listdir(records_dir)) == ["next", "small"]
 
 
+def test_subnets(state: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    said(capsys, "create", "--ipv6", "--subnet", "10.5.0.0/24", "--subnet", "fd00:5::/64", "both")
+    container = with_place("one", "both", "10.5.0.7")
+    [about] = json.loads(said(capsys, "inspect", "both"))
+    assert about["EnableIPv6"] is True
+    assert about["IPAM"]["Config"] == [{"Subnet": "10.5.0.0/24"}, {"Subnet": "fd00:5::/64"}]
+    assert about["Containers"][container.id]["IPv6Address"] == "fd00:5::7/64"
+    chosen = [networks.create(name, ipv6=True)["subnet6"] for name in ("a", "b")]
+    assert chosen[0] != chosen[1]
+    assert all(one.startswith("fd") and one.endswith("::/64") for one in chosen)
+    for wrong, why in (
+        ("--subnet fd00:6::/64", "is one of IPv6"),
+        ("--ipv6 --subnet fd00:5::/48", "overlaps"),
+        ("--ipv6 --subnet fd6b:6174:6100::/64", "overlaps"),
+        ("--ipv6 --subnet fd00:6::/120", "too small"),
+        ("--ipv6 --subnet fd00:6::/64 --subnet fd00:7::/64", "a second one of IPv6"),
+        ("--subnet 10.7.0.0/24 --ip-range 10.8.0.0/28", "is not a part of"),
+        ("--subnet 10.7.0.0/24 --ip-range x", "--ip-range"),
+    ):
+        assert why in said(capsys, "create", *wrong.split(), "wrong", status=125), wrong
+    # Addresses come from the range, others have to be asked for.
+    networks.create("part", ["10.7.0.0/24"], ip_range="10.7.0.252/30")
+    found = [with_place(f"c{number}", "part").record["networks"][0]["address"] for number in range(3)]
+    assert found == ["10.7.0.252", "10.7.0.253", "10.7.0.254"]
+    with pytest.raises(UsageError, match=r"no address left \(10\.7\.0\.252/30\)"):
+        networks.place("part", [], "")
+    assert networks.place("part", [], "10.7.0.9")["address"] == "10.7.0.9"
+
+
+def test_a_subnet_that_the_host_has_a_route_to_is_not_chosen(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    routes = [ipaddress.ip_network("10.210.0.0/23"), ipaddress.ip_network("10.210.3.128/25")]
+    monkeypatch.setattr(subnets, "_routes", lambda: routes)
+    assert [networks.create(name)["subnet"] for name in ("a", "b")] == ["10.210.2.0/24", "10.210.4.0/24"]
+    assert (
+        networks.create("c", ["10.210.0.0/24"])["subnet"] == "10.210.0.0/24"
+    )  # who asks for it has reasons
+
+
+def test_the_hosts_routes_are_read() -> None:
+    """Against iproute2's list, as ranges that leave the default route out."""
+    listed = subprocess.run(["ip", "-4", "route"], capture_output=True, text=True, check=True).stdout
+    wanted = {ipaddress.ip_network(line.split()[0]) for line in listed.splitlines() if line[:1].isdigit()}
+    assert set(subnets._routes()) >= {one for one in wanted if one.prefixlen}
+
+
 def test_a_container_whose_network_was_made_anew_is_not_started(state: Path) -> None:
-    networks.create("front", "10.5.0.0/24")
+    networks.create("front", ["10.5.0.0/24"])
     container = with_place("one", "front")
     container.record["networks"][0]["address"] = "10.6.0.2"
     with pytest.raises(StateError, match="is gone"):
@@ -158,17 +207,17 @@ def network(tmp_path: Path) -> Path:
     return path
 
 
-def join(network: Path, sandbox: str, address: str, *names: str) -> int:
+def join(network: Path, sandbox: str, addresses: list[str], *names: str) -> int:
     fd = os.open(network / "members" / sandbox, os.O_WRONLY | os.O_CREAT, 0o600)
     fcntl.flock(fd, fcntl.LOCK_EX)
-    os.write(fd, json.dumps({"address": address, "names": names}).encode())
+    os.write(fd, json.dumps({"addresses": addresses, "names": names}).encode())
     return fd
 
 
 def test_names_of_members(network: Path) -> None:
-    held = join(network, "a", "10.5.0.2", "Web", "alias")
-    other = join(network, "b", "10.5.0.3", "db", "alias")
-    own = own_names.OwnNames([(str(network), "10.5.0.9", 24)], ["192.0.2.1"])
+    held = join(network, "a", ["10.5.0.2"], "Web", "alias")
+    other = join(network, "b", ["10.5.0.3"], "db", "alias")
+    own = own_names.OwnNames([(str(network), [("10.5.0.9", 24)])], ["192.0.2.1"])
     try:
         answer = own.answer(question("wEB"))
         assert answer[:4] == b"\x12\x34\x85\x80"
@@ -187,9 +236,28 @@ def test_names_of_members(network: Path) -> None:
         # The lock ends with the engine, and with it the name.
         os.close(held)
         assert own.answer(question("web")) == b""
-        assert [one.address for one in members.living(str(network))] == ["10.5.0.3"]
+        assert [one.addresses for one in members.living(str(network))] == [["10.5.0.3"]]
     finally:
         os.close(other)
+
+
+def test_names_with_ipv6_addresses(network: Path) -> None:
+    held = join(network, "a", ["10.5.0.2", "fd00::2"], "web")
+    own = own_names.OwnNames([(str(network), [("10.5.0.9", 24), ("fd00::9", 64)])], [])
+    nibbles = ".".join("2" + "0" * 29 + "df")
+    try:
+        answer = own.answer(question("web", 28))
+        assert answer.endswith(struct.pack(">IH", 0, 16) + resolver.pack("fd00::2"))
+        assert struct.unpack_from(">H", answer, 6) == (1,)
+        assert own.answer(question("web")).endswith(resolver.pack("10.5.0.2"))
+        assert struct.unpack_from(">H", own.answer(question("web", 255)), 6) == (2,)
+        assert own.answer(question(f"{nibbles}.ip6.arpa", 12)).endswith(b"\x03web\0")
+        # Nobody of this network; one of another, and what is no address.
+        assert own.answer(question(f"3{nibbles[1:]}.ip6.arpa", 12))[3] & 15 == 3
+        assert own.answer(question(f"{nibbles[:-1]}e.ip6.arpa", 12)) == b""
+        assert own.answer(question("2.0.ip6.arpa", 12)) == own.answer(question("ip6.arpa", 12)) == b""
+    finally:
+        os.close(held)
 
 
 @pytest.mark.parametrize("length", range(len(question("web.example")) - 1))

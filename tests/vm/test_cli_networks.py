@@ -25,7 +25,9 @@ SERVE = "mkdir /www; hostname > /www/index.html; httpd -p 80 -h /www; sleep 1000
 def networks(shared_kata: Kata) -> Iterator[list[str]]:
     names = ["front", "back"]
     for name in names:
-        shared_kata.ok("network", "create", "--label", "test=names", name)
+        # With IPv6 in one of them, which the machines are otherwise in alike.
+        more = ["--ipv6", "--subnet", "fd00:210::/64"] if name == "front" else []
+        shared_kata.ok("network", "create", "--label", "test=names", *more, name)
     try:
         yield names
     finally:
@@ -159,6 +161,13 @@ def test_containers_that_start_at_the_same_time_meet(
             list(pool.map(start, ("ta", "tb")))
         until(lambda: _sh(kata, "ta", "wget -qO- http://tb/") == "tb\n", "the page of tb")
         until(lambda: _sh(kata, "tb", "wget -qO- http://ta/") == "ta\n", "the page of ta")
+        # By IPv6 as well, whose addresses have the same numbers.
+        address6 = json.loads(kata.ok("inspect", "tb"))[0]["NetworkSettings"]["Networks"]["front"][
+            "GlobalIPv6Address"
+        ]
+        assert address6.startswith("fd00:210::")
+        assert _sh(kata, "ta", f"wget -qO- http://[{address6}]/") == "tb\n"
+        assert address6 in _sh(kata, "ta", "nslookup -type=aaaa tb")
     finally:
         kata.call("rm", "-f", "ta", "tb")
 

@@ -106,6 +106,8 @@ _ENDPOINT = {
     "namespace": VALUE,
     "address": VALUE,
     "prefix": VALUE,
+    "address6": VALUE,
+    "prefix6": VALUE,
     "mac": VALUE,
     "names": COUNT,
 }

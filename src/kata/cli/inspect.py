@@ -268,10 +268,18 @@ def _restarts(container: Container) -> int:
 
 def _networks(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The networks with a name; without one, the mode, of which the addresses mean nothing to others."""
-    named = {
-        one["network"]: {"IPAddress": one["address"], "MacAddress": one["mac"], "Aliases": one["aliases"]}
-        for one in record.get("networks") or ()
-    }
+    named = {}
+    for one in record.get("networks") or ():
+        from kata.cli import networks, subnets
+
+        address6, bits = subnets.address6(networks.load(one["network"]) or {}, one["address"])
+        named[one["network"]] = {
+            "IPAddress": one["address"],
+            "GlobalIPv6Address": address6,
+            "GlobalIPv6PrefixLen": bits,
+            "MacAddress": one["mac"],
+            "Aliases": one["aliases"],
+        }
     return named or ({record["network"]: {"IPAddress": ""}} if record["network"] != "none" else {})
 
 

@@ -30,7 +30,18 @@ SUBCOMMANDS = {
         "NAME",
         "Makes a network and prints its id.",
         [
-            Option("--subnet", "ADDRESS/BITS", "its IPv4 addresses; chosen if not given"),
+            Option(
+                "--subnet",
+                "ADDRESS/BITS",
+                "its addresses, one for each family; chosen if not given",
+                many=True,
+            ),
+            Option(
+                "--ip-range",
+                "ADDRESS/BITS",
+                "a part of its IPv4 addresses, from which containers get theirs",
+            ),
+            Option("--ipv6", "", "its containers have IPv6 addresses, too"),
             Option("--label", "KEY[=VALUE]", "a label", many=True),
             Option("--internal", "", "who is in no other network has no way out, and publishes no ports"),
             Option("-d --driver", "bridge", "accepted; there is no other"),
@@ -137,7 +148,12 @@ def _create(arguments: Arguments) -> int:
     found = labels(arguments.many("label"), [])
     with networks.locked():
         record = networks.create(
-            name, arguments.value("subnet") or "", found, internal=arguments.flag("internal")
+            name,
+            arguments.many("subnet"),
+            found,
+            internal=arguments.flag("internal"),
+            ipv6=arguments.flag("ipv6"),
+            ip_range=arguments.value("ip_range") or "",
         )
     print(record["id"])
     return 0
@@ -160,25 +176,33 @@ def _disconnect(arguments: Arguments) -> int:
 
 def _about(record: dict[str, Any]) -> dict[str, Any]:
     """What Docker says of a network."""
+    from kata.cli import subnets
+
     members = {}
     for container in networks.users(record["name"]):
         for one in container.record["networks"]:
             if one["network"] == record["name"]:
                 bits = record["subnet"].partition("/")[2]
+                address6, bits6 = subnets.address6(record, one["address"])
                 members[container.id] = {
                     "Name": container.name,
                     "MacAddress": one["mac"],
                     "IPv4Address": f"{one['address']}/{bits}",
-                    "IPv6Address": "",
+                    "IPv6Address": f"{address6}/{bits6}" if address6 else "",
                 }
+    config = [{"Subnet": record["subnet"]}]
+    if record.get("ip_range"):
+        config[0]["IPRange"] = record["ip_range"]
+    if "subnet6" in record:
+        config.append({"Subnet": record["subnet6"]})
     return {
         "Name": record["name"],
         "Id": record["id"],
         "Created": record["created_at"],
         "Scope": "local",
         "Driver": "bridge",
-        "EnableIPv6": False,
-        "IPAM": {"Driver": "default", "Options": {}, "Config": [{"Subnet": record["subnet"]}]},
+        "EnableIPv6": "subnet6" in record,
+        "IPAM": {"Driver": "default", "Options": {}, "Config": config},
         "Internal": bool(record.get("internal")),
         "Attachable": False,
         "Containers": members,
@@ -210,7 +234,7 @@ def _ls(arguments: Arguments) -> int:
             "Name": one["name"],
             "Driver": "bridge",
             "Scope": "local",
-            "Subnet": one["subnet"],
+            "Subnet": ", ".join(one[key] for key in ("subnet", "subnet6") if key in one),
             "Labels": table.labels(one["labels"]),
             "CreatedAt": one["created_at"],
         }

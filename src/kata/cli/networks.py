@@ -23,7 +23,7 @@ from kata.network import held, members
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import ipaddress
+    from collections.abc import Sequence
     from typing import Any
 
     from kata.settings import EndpointSettings
@@ -33,11 +33,6 @@ _RECORD = "network.json"
 _NAME = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
 RESERVED = ("user", "tap", "none", "host", "bridge", "default", "container")
 """Words that `kata run --network` or Docker's users mean something else by."""
-_POOL = "10.210.{}.0/24"
-"""The subnets of networks for which none was asked; there may be 256 of them."""
-_LARGEST, _SMALLEST = 16, 30
-"""Lengths of prefixes: a member's number in its network names its tap, and a network has two members at least."""
-_USER_NETWORK = "10.0.2.0/24"
 MOST = 3
 """Networks that a container can be in: a machine has four interfaces, one of them for what is outside."""
 
@@ -109,26 +104,36 @@ def everything() -> list[dict[str, Any]]:
 
 
 def create(
-    name: str, subnet: str = "", labels: dict[str, str] | None = None, *, internal: bool = False
+    name: str,
+    given: Sequence[str] = (),
+    labels: dict[str, str] | None = None,
+    *,
+    internal: bool = False,
+    ipv6: bool = False,
+    ip_range: str = "",
 ) -> dict[str, Any]:
     """Make a network. The caller holds the lock.
 
     Args:
         name: Its name, checked.
-        subnet: Its addresses, ``10.1.2.0/24``; empty chooses.
+        given: Its subnets, ``10.1.2.0/24`` and one of IPv6; what is not given is chosen.
         labels: Its labels.
         internal: Who is in no other network has no way out.
+        ipv6: It has IPv6 addresses, too.
+        ip_range: A part of its IPv4 subnet from which addresses are chosen; empty is the whole.
 
     Returns:
         Its record.
 
     Raises:
         AlreadyExistsError: There is one of that name.
-        UsageError: The subnet is malformed, or another network's.
+        UsageError: A subnet is malformed, or another network's.
     """
     if load(name) is not None:
         raise AlreadyExistsError(f"there is a network {name!r} already", f"kata network inspect {name}")
-    chosen = _subnet(subnet)
+    from kata.cli import subnets
+
+    chosen = subnets.choose(given, everything(), ipv6=ipv6, ip_range=ip_range)
     meta = {"client": "kata", "kind": "network", "id": name}
     try:
         journal = Journal.create_dir(directory(), name, meta)
@@ -141,7 +146,7 @@ def create(
         "id": os.urandom(32).hex(),
         "created_at": records.now(),
         "labels": labels or {},
-        "subnet": str(chosen),
+        **chosen,
         "internal": internal,
     }
     try:
@@ -154,34 +159,6 @@ def create(
         journal_undo.undo(journal)
         raise
     return record
-
-
-def _subnet(text: str) -> ipaddress.IPv4Network:
-    import ipaddress
-
-    taken = [ipaddress.IPv4Network(one["subnet"]) for one in everything()]
-    taken.append(ipaddress.IPv4Network(_USER_NETWORK))
-    if not text:
-        for number in range(256):
-            chosen = ipaddress.IPv4Network(_POOL.format(number))
-            if not any(chosen.overlaps(one) for one in taken):
-                return chosen
-        raise UsageError("all subnets for networks are taken", "kata network create --subnet 172.30.0.0/24")
-    try:
-        chosen = ipaddress.IPv4Network(text)
-    except ValueError as error:
-        raise UsageError(f"--subnet {text!r}: {error}", "an IPv4 one: --subnet 172.30.0.0/24") from None
-    if not _LARGEST <= chosen.prefixlen <= _SMALLEST:
-        raise UsageError(
-            f"--subnet {text!r} is too {'large' if chosen.prefixlen < _LARGEST else 'small'}",
-            f"from /{_LARGEST} to /{_SMALLEST}",
-        )
-    if any(chosen.overlaps(one) for one in taken):
-        raise UsageError(
-            f"--subnet {text!r} overlaps another network, or {_USER_NETWORK}, which every machine has",
-            "kata network ls --format '{{.Name}} {{.Subnet}}'",
-        )
-    return chosen
 
 
 def users(name: str) -> list[records.Container]:
@@ -221,8 +198,6 @@ def place(name: str, aliases: list[str], address: str, *, but: str = "") -> dict
         for one in container.record["networks"]
         if one["network"] == record["name"] and container.id != but
     }
-    hosts = iter(subnet.hosts())
-    next(hosts)  # where a gateway would be
     if address:
         try:
             wanted = ipaddress.IPv4Address(address)
@@ -237,10 +212,12 @@ def place(name: str, aliases: list[str], address: str, *, but: str = "") -> dict
             )
         chosen = str(wanted)
     else:
-        chosen = next((str(one) for one in hosts if str(one) not in taken), "")
+        from kata.cli import subnets
+
+        chosen = next((one for one in subnets.addresses(record) if one not in taken), "")
         if not chosen:
             raise UsageError(
-                f"the network {record['name']} has no address left ({record['subnet']})",
+                f"the network {record['name']} has no address left ({record.get('ip_range') or record['subnet']})",
                 "kata network create --subnet, with a shorter prefix",
             )
     return {"network": record["name"], "address": chosen, "mac": random_mac(), "aliases": aliases}
@@ -269,13 +246,18 @@ def _endpoint(container: records.Container, one: dict[str, Any]) -> EndpointSett
             f"the network {one['network']} of container {container.name} is gone",
             f"kata network disconnect {one['network']} {container.name}",
         )
+    from kata.cli import subnets
+
     holder = _hold(record)
+    address6, prefix6 = subnets.address6(record, one["address"])
     return EndpointSettings(
         network=one["network"],
         path=runtime_dir(record),
         namespace=holder.path,
         address=one["address"],
         prefix=subnet.prefixlen,
+        address6=address6,
+        prefix6=prefix6,
         mac=one["mac"],
         names=[container.name, container.id[:12], container.id, *one["aliases"]],
     )

@@ -139,7 +139,7 @@ class BridgedPlan(UserPlan):
         place = self._places[number] = _Place(one, namespace, interface)
         self.interfaces.append(interface)
         if self.own_names is not None:
-            self.own_names.enter(one.path, one.address, one.prefix)
+            self.own_names.enter(one.path, _addresses(one))
         return place
 
     def place(self, index: int, address: str) -> None:
@@ -169,7 +169,8 @@ class BridgedPlan(UserPlan):
     def _join(self, place: _Place) -> None:
         assert self.journal is not None
         holder = held.Holder.own(place.namespace)
-        member = members.Member(place.network.address, place.network.names, holder)
+        addresses = [address for address, _ in _addresses(place.network)]
+        member = members.Member(addresses, place.network.names, holder)
         place.joined = members.join(place.network.path, self._sandbox, member, self.journal)
 
     def failure(self) -> KataError | None:
@@ -296,11 +297,19 @@ class _Place:
         self.joined: members.Joined | None = None
 
 
+def _addresses(one: EndpointSettings) -> list[tuple[str, int]]:
+    """The guest's addresses in a network, with the lengths of their prefixes."""
+    return [(one.address, one.prefix), *([(one.address6, one.prefix6)] if one.address6 else [])]
+
+
 def _interface(name: str, one: EndpointSettings) -> dict[str, Any]:
     return {
         "device": name,
         "name": name,
-        "IPAddresses": [{"family": 0, "address": one.address, "mask": str(one.prefix)}],
+        "IPAddresses": [
+            {"family": int(":" in address), "address": address, "mask": str(prefix)}
+            for address, prefix in _addresses(one)
+        ],
         "mtu": held.MTU,
         "hwAddr": one.mac,
         "devicePath": "",

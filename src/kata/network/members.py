@@ -29,15 +29,15 @@ class Member:
     """A sandbox in a network.
 
     Attributes:
-        address: Its IPv4 address.
+        addresses: Its IPv4 address, and its IPv6 address if it has one.
         names: By which it is found, its container's own first.
         holder: Its engine, which has the network's namespace open.
     """
 
-    __slots__ = ("address", "holder", "names")
+    __slots__ = ("addresses", "holder", "names")
 
-    def __init__(self, address: str, names: Sequence[str], holder: Holder | None = None) -> None:
-        self.address = address
+    def __init__(self, addresses: Sequence[str], names: Sequence[str], holder: Holder | None = None) -> None:
+        self.addresses = list(addresses)
         self.names = list(names)
         self.holder = holder
 
@@ -102,7 +102,7 @@ def join(network: str, sandbox: str, member: Member, journal: Journal) -> Joined
             journal.commit(entry)
             fcntl.flock(fd.raw, fcntl.LOCK_EX)
             holder = member.holder.plain if member.holder is not None else None
-            said = {"address": member.address, "names": member.names, "holder": holder}
+            said = {"addresses": member.addresses, "names": member.names, "holder": holder}
             os.write(fd.raw, json.dumps(said).encode())
         except BaseException:
             fd.close()
@@ -138,6 +138,6 @@ def _read(path: str) -> Member | None:
                 if error.errno != errno.EWOULDBLOCK:
                     return None
             said = json.loads(os.read(fd.raw, _MOST_BYTES))
-            return Member(said["address"], said["names"], Holder.read(said.get("holder")))
-    except (OSError, ValueError):
+            return Member(said["addresses"], said["names"], Holder.read(said.get("holder")))
+    except (OSError, ValueError, KeyError):
         return None  # it has just left, or is about to join

@@ -1,6 +1,7 @@
 """Answers questions for the names of a network's members. No daemon and no socket of its own: an engine asks it.
 
-Source: RFC 1035, section 4.1 (messages), 3.5 (in-addr.arpa); RFC 2308 (a name without such a record).
+Source: RFC 1035, section 4.1 (messages), 3.5 (in-addr.arpa); RFC 3596 (AAAA, ip6.arpa); RFC 2308 (a name without such a
+record).
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _HEADER = 12
-_A, _PTR, _ANY = 1, 12, 255
+_A, _PTR, _AAAA, _ANY = 1, 12, 28, 255
+_REVERSE4, _REVERSE6 = ".in-addr.arpa", ".ip6.arpa"
 _INTERNET = 1
 _NXDOMAIN = 3
 _TTL_S = 0
@@ -26,19 +28,22 @@ class OwnNames:
     """The names that one sandbox can ask for.
 
     Args:
-        networks: Directory, own address and length of the prefix (bits) of each network that it is in.
+        networks: For each network that it is in the directory, and the own addresses with the lengths of their prefixes
+            (bits).
         servers: Addresses of the name servers for all other names.
     """
 
     __slots__ = ("_networks", "servers")
 
-    def __init__(self, networks: Sequence[tuple[str, str, int]], servers: Sequence[str]) -> None:
+    def __init__(
+        self, networks: Sequence[tuple[str, Sequence[tuple[str, int]]]], servers: Sequence[str]
+    ) -> None:
         self._networks = list(networks)
         self.servers = [server for server in servers if "%" not in server]
 
-    def enter(self, path: str, address: str, prefix: int) -> None:
-        """Find the members of a further network: its directory, the own address in it, its prefix (bits)."""
-        self._networks = [*self._networks, (path, address, prefix)]
+    def enter(self, path: str, own: Sequence[tuple[str, int]]) -> None:
+        """Find the members of a further network: its directory, the own addresses in it with their prefixes (bits)."""
+        self._networks = [*self._networks, (path, own)]
 
     def leave(self, path: str) -> None:
         """Find those of a network no longer."""
@@ -54,26 +59,26 @@ class OwnNames:
         if asked is None:
             return b""
         name, kind, end = asked
-        if name.endswith(".in-addr.arpa"):
+        if name.endswith((_REVERSE4, _REVERSE6)):
             return self._reverse(question, name, kind, end)
-        found = []
-        for path, _, _ in self._networks:
+        found: list[bytes] | None = None
+        for path, _ in self._networks:
             for member in members.living(path):
                 if name in (one.lower() for one in member.names):
-                    found.append(resolver.pack(member.address))
-        if not found:
+                    found = [*(found or ()), *map(resolver.pack, member.addresses)]
+        if found is None:
             return b""
-        records = [(_A, address) for address in found[:_MOST_ADDRESSES]]
-        return _message(question, end, records if kind in (_A, _ANY) else [])
+        records = [(_A if len(address) == 4 else _AAAA, address) for address in found]
+        wanted = [one for one in records if kind in (one[0], _ANY)]
+        return _message(question, end, wanted[:_MOST_ADDRESSES])
 
     def _reverse(self, question: bytes, name: str, kind: int, end: int) -> bytes:
-        address = ".".join(reversed(name.removesuffix(".in-addr.arpa").split(".")))
-        packed = resolver.pack(address)
-        for path, own, prefix in self._networks:
-            if len(packed) != 4 or _subnet(packed, prefix) != _subnet(resolver.pack(own), prefix):
+        address = _meant(name)
+        for path, own in self._networks:
+            if not any(_is_beside(address, resolver.pack(one), prefix) for one, prefix in own):
                 continue
             for member in members.living(path):
-                if member.address == address:
+                if address in map(resolver.pack, member.addresses):
                     records = [(_PTR, _encoded(member.names[0]))] if kind in (_PTR, _ANY) else []
                     return _message(question, end, records)
             # Nobody outside knows of that network.
@@ -119,5 +124,20 @@ def _encoded(name: str) -> bytes:
     return b"".join(bytes((len(label),)) + label for label in labels if len(label) < 64) + b"\0"
 
 
-def _subnet(packed: bytes, prefix: int) -> int:
-    return int.from_bytes(packed, "big") >> 32 - prefix
+def _meant(name: str) -> bytes:
+    """The address that a name for the other way means; empty for no address."""
+    labels = name.rpartition(_REVERSE4 if name.endswith(_REVERSE4) else _REVERSE6)[0].split(".")
+    labels.reverse()
+    if name.endswith(_REVERSE4):
+        return resolver.pack(".".join(labels))
+    if len(labels) != 32 or not all(len(label) == 1 for label in labels):
+        return b""
+    digits = "".join(labels)
+    return resolver.pack(":".join(digits[at : at + 4] for at in range(0, 32, 4)))
+
+
+def _is_beside(address: bytes, other: bytes, prefix: int) -> bool:
+    """Whether two addresses are of one subnet, whose prefix has so many bits."""
+    if len(address) != len(other):
+        return False
+    return (int.from_bytes(address, "big") ^ int.from_bytes(other, "big")) >> len(address) * 8 - prefix == 0

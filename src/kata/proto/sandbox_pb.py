@@ -12,7 +12,7 @@ _MESSAGES = {
     "TimingsResponse": "timings:1:*@sandbox.Timing path:2:string reason:3:string",
     "Timing": "name:1:string start_ns:2:int64 duration_ns:3:int64 part_of:4:string",
     "DescribeRequest": "",
-    "ConnectNetworkRequest": "network:1:string path:2:string address:3:string prefix:4:uint32 mac:5:string names:6:*string namespace:7:string",
+    "ConnectNetworkRequest": "network:1:string path:2:string address:3:string prefix:4:uint32 mac:5:string names:6:*string namespace:7:string address6:8:string prefix6:9:uint32",
     "DisconnectNetworkRequest": "network:1:string",
     "DiscardRequest": "",
     "DescribeResponse": "json:1:string",

@@ -69,8 +69,11 @@ class ConnectNetworkRequest(Message):
     names: list[str]
     """By which the others find it, the container's own first."""
     namespace: str
-    """By which path the network's namespace can be opened while the caller waits. The engine has mounts
-    of its own, and may not have the network's."""
+    """By which path the network's namespace can be opened while the caller waits."""
+    address6: str
+    """Empty if it has none."""
+    prefix6: int
+    """Bits."""
     def __init__(
         self,
         *,
@@ -81,6 +84,8 @@ class ConnectNetworkRequest(Message):
         mac: str = ...,
         names: list[str] = ...,
         namespace: str = ...,
+        address6: str = ...,
+        prefix6: int = ...,
     ) -> None: ...
 
 class DisconnectNetworkRequest(Message):

@@ -176,6 +176,8 @@ class SandboxService:
                 namespace=request.namespace,
                 address=request.address,
                 prefix=request.prefix,
+                address6=request.address6,
+                prefix6=request.prefix6,
                 mac=request.mac,
                 names=request.names,
             )
