@@ -178,13 +178,21 @@ def test_df(state: Path, image: store.Image, capsys: pytest.CaptureFixture[str])
     said(capsys, "volume", "create", "data")
     lines = said(capsys, "system", "df").splitlines()
     assert lines[0].split() == ["TYPE", "TOTAL", "ACTIVE", "SIZE", "RECLAIMABLE"]
-    assert len(lines) == 4
+    assert len(lines) == 5
     rows = {row["Type"]: row for row in map(json.loads, said(capsys, "df", "--format", "json").splitlines())}
     assert (rows["Images"]["TotalCount"], rows["Images"]["Active"]) == (1, 1)
     assert rows["Images"]["Reclaimable"] == "0B (0%)"
     assert (rows["Containers"]["TotalCount"], rows["Containers"]["Active"]) == (1, 0)
     assert (rows["Local Volumes"]["TotalCount"], rows["Local Volumes"]["Active"]) == (1, 0)
     assert rows["Local Volumes"]["Reclaimable"].endswith("(100%)")
+    assert (rows["Build Cache"]["TotalCount"], rows["Build Cache"]["Size"]) == (0, "0B")
+    kept = state / "build" / "storage" / "overlay"
+    kept.mkdir(parents=True)
+    (kept / "layer").write_bytes(b"1" * 40960)
+    rows = {row["Type"]: row for row in map(json.loads, said(capsys, "df", "--format", "json").splitlines())}
+    assert rows["Build Cache"]["TotalCount"] == 1
+    assert rows["Build Cache"]["Reclaimable"] == f"{rows['Build Cache']['Size']} (100%)"
+    assert float(rows["Build Cache"]["Size"].removesuffix("KiB")) >= 40
 
 
 def test_options_before_the_command(state: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,10 @@
-"""`kata df` (``docker system df``): what images, containers and volumes take on the disk, and what could be freed."""
+"""`kata df` (``docker system df``): what images, containers, volumes and builds take on the disk."""
 
 from __future__ import annotations
 
+import os
+
+from kata import paths
 from kata.cli import on_disk, records, table, volumes
 from kata.cli.args import Command, Option
 from kata.images import store
@@ -23,10 +26,11 @@ COMMANDS = {
     "df": Command(
         "df",
         "",
-        "Shows what images, containers and volumes take on the disk, and how much of it nothing uses.",
+        "Shows what images, containers, volumes and builds take on the disk, and how much of it nothing uses.",
         [Option("--format", "TEMPLATE", f"fields: {' '.join(_FIELDS)}; or 'table TEMPLATE', or json")],
         most=0,
-        notes="What is not used is removed by 'kata prune -a' and 'kata volume prune -a'.",
+        notes="What is not used is removed by 'kata prune -a' and 'kata volume prune -a'. The build cache is what\n"
+        "'kata build' keeps in $KATA_STATE_DIR/build: that directory may be removed while no build runs.",
     )
 }
 
@@ -57,6 +61,7 @@ def _df(arguments: Arguments) -> int:
     containers = records.all_containers()
     running = {one.id for one in containers if one.state()["status"] in (records.RUNNING, records.PAUSED)}
     images = {one.id: [one.rootfs_path] for one in store.list_images()}
+    built = os.path.join(paths.state_dir(), paths.BUILD)
     rows = [
         _row("Images", images, {one.record["image"]["id"] for one in containers}),
         _row("Containers", {one.id: on_disk.files_in(one.directory) for one in containers}, running),
@@ -65,6 +70,7 @@ def _df(arguments: Arguments) -> int:
             {one["name"]: [volumes.disk(one["name"])] for one in volumes.everything()},
             set(volumes.users()),
         ),
+        _row("Build Cache", {built: on_disk.files_below(built)} if os.path.isdir(built) else {}, set()),
     ]
     show_rows(
         arguments.value("format") or "table",

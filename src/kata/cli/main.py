@@ -63,7 +63,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "logout": ("registry_account", "forget the credentials for a registry"),
     "explain": ("explain", "explain the size of a sandbox: the formula with its numbers"),
     "config": ("config", "show the configuration and where it comes from, or check a file"),
-    "df": ("disk_usage", "show what images, containers and volumes take on the disk"),
+    "df": ("disk_usage", "show what images, containers, volumes and builds take on the disk"),
     "info": ("manage", "show how many containers and images there are, and what they run on"),
     "doctor": ("host", "check what this machine supports, and show how to fix what it does not"),
     "gc": ("host", "remove what crashed sandboxes left behind"),

@@ -27,3 +27,10 @@ def files_in(directory: str) -> list[str]:
         return [entry.path for entry in os.scandir(directory) if not entry.is_dir(follow_symlinks=False)]
     except FileNotFoundError:
         return []
+
+
+def files_below(directory: str) -> list[str]:
+    """The paths of the files and directories below a directory; none if it is gone."""
+    return [
+        os.path.join(place, name) for place, names, files in os.walk(directory) for name in (*names, *files)
+    ]
