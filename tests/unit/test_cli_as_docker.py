@@ -238,6 +238,18 @@ def test_an_option_of_another_verb(state: Path, capsys: pytest.CaptureFixture[st
     assert "hint:" in said(capsys, *words.split(), status=125)
 
 
+@pytest.mark.parametrize("words", ["images -f before=nosuch", "images -f since=nosuch"])
+def test_a_filter_by_an_image_needs_that(
+    state: Path, capsys: pytest.CaptureFixture[str], words: str
+) -> None:
+    assert "there is no image nosuch" in said(capsys, *words.split(), status=125)
+
+
+@pytest.mark.parametrize("command", ["stats", "top"])
+def test_a_wrong_interval_has_a_hint(state: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    assert "hint: --interval " in said(capsys, command, "--interval", "0", status=125)
+
+
 def test_a_wrong_template_is_told_before_the_readings(
     state: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -190,9 +190,11 @@ def images(found: list[Image], texts: Sequence[str]) -> list[Image]:
             )
         kept = [image for image in kept if bool(image.names) != (value.lower() in ("true", "1"))]
     for value in wanted.get("before", ()):
-        kept = [image for image in kept if image.created < store.find(value).created]
+        created = store.find(value).created  # also where nothing is left to compare it with
+        kept = [image for image in kept if image.created < created]
     for value in wanted.get("since", ()):
-        kept = [image for image in kept if image.created > store.find(value).created]
+        created = store.find(value).created
+        kept = [image for image in kept if image.created > created]
     for value in wanted.get("until", ()):
         limit = moment(value, "--filter until")
         kept = [image for image in kept if (table.seconds_of(image.created) or 0.0) < limit]

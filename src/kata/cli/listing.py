@@ -524,7 +524,9 @@ def _stats(arguments: Arguments) -> int:
     except ValueError:
         seconds = 0.0
     if not 0.05 <= seconds <= 86400:
-        raise UsageError(f"--interval {interval!r} is not a number of seconds of at least 0.05")
+        raise UsageError(
+            f"--interval {interval!r} is not a number of seconds of at least 0.05", "--interval 1"
+        )
     stream = sys.stdout.isatty() and not arguments.flag("no_stream") and not arguments.flag("json")
     return usage.show(
         chosen,

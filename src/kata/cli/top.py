@@ -69,7 +69,9 @@ def _top(arguments: Arguments) -> int:
     except ValueError:
         seconds = 0.0
     if not 0.2 <= seconds <= 3600:
-        raise UsageError(f"--interval {interval!r} is not a number of seconds of at least 0.2")
+        raise UsageError(
+            f"--interval {interval!r} is not a number of seconds of at least 0.2", "--interval 2"
+        )
     if arguments.flag("json") or arguments.flag("once"):
         sampler = live.Sampler()
         sampler.sample()
