@@ -157,8 +157,8 @@ dist: ## a Debian package for this release, a wheel and the release's notes in b
 	@tools/setup test
 	@.venv/bin/python tools/dist.py build/dist $(A)
 
-prove-packages: ## install, use, upgrade and remove what `make dist` has made, in a bare machine
-	@tools/prove-packages
+prove-packages: ## install, use, upgrade and remove what `make dist` has made, in a bare machine; SUITE=trixie makes it there before
+	@tools/prove-packages $(SUITE)
 
 clean: ## remove what was built here; kernels stay in KATA_CACHE_DIR
 	@tools/clean
