@@ -103,9 +103,7 @@ def _read_config(bundle: str) -> dict[str, Any]:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     if len(raw) > _MAX_SPEC_BYTES:
         raise ConfigError(f"{path} has more than {_MAX_SPEC_BYTES} bytes")
-    config = _json_object(raw, path)
-    resolve_sources(config, bundle)
-    return config
+    return _json_object(raw, path)
 
 
 def _let_go(stdio: Stdio) -> None:
@@ -161,6 +159,7 @@ class TaskService:
             as_member(config, self._sandbox.id)
         if not self._sandbox.client.foreign_specs:
             return None
+        resolve_sources(config, request.bundle)
         refuse_foreign(config)
         sysctls = self._sandbox.settings.sysctls
         if sysctls:  # of a pod that has no container of its own to set them
