@@ -52,7 +52,10 @@ class StderrTail:
         import fcntl
 
         self.reader, self._writer = map(sysio.Fd, os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK))
-        fcntl.fcntl(self._writer.raw, _F_SETPIPE_SZ, 16 << 10)
+        try:
+            fcntl.fcntl(self._writer.raw, _F_SETPIPE_SZ, 16 << 10)
+        except OSError:
+            pass  # over the user's pipe budget (pipe(7), pipe-user-pages-soft): it holds less
         self._head = b""
         self._tail = b""
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
+import resource
 import time
 from pathlib import Path
 
@@ -143,3 +145,28 @@ def test_a_child_by_another_is_ours_and_later_orphans_are_not() -> None:
     assert os.read(read, 10) == b"not ours"
     os.close(read)
     os.close(write)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become a user who has nothing open")
+def test_a_users_pipes_may_be_used_up() -> None:
+    """Each pasta has a pool of large pipes, and a few of them take all that a user may have (pipe(7))."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
+            os.setresuid(1_234_567, 1_234_567, 1_234_567)
+            ends = [os.pipe() for _ in range(1100)]
+            try:
+                fcntl.fcntl(ends[-1][1], fcntl.F_SETPIPE_SZ, 16 << 10)
+            except PermissionError:
+                status = 2
+            words = children.StderrTail()
+            os.write(words.write_fd, b"the reason\n")
+            status *= os.read(words.reader.raw, 100) == b"the reason\n"
+        finally:
+            os._exit(status)
+    _, ended = os.waitpid(pid, 0)
+    if os.waitstatus_to_exitcode(ended) == 1:
+        pytest.skip("1100 pipes are not too many for a user here")
+    assert os.waitstatus_to_exitcode(ended) == 2
