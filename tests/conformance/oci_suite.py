@@ -283,24 +283,50 @@ def _short(text: str) -> str:
     return re.sub(r"\d{4,}", "N", text).replace("|", "\\|").replace('\\"', "'").strip()[:120]
 
 
+def asked(
+    option: str, description: str | None, programs: Path, of_what: str
+) -> tuple[argparse.Namespace, Record]:
+    """What the command line of a suite asks for, and what was found before, without what is to be run once more."""
+    name = option.removeprefix("--")
+    parser = argparse.ArgumentParser(prog=f"tools/conformance {option}", description=description)
+    parser.add_argument("--again", metavar="TEXT", action="append", default=[], help="run these once more")
+    parser.add_argument("--fresh", action="store_true", help="run everything once more")
+    parser.add_argument(
+        "--only", metavar="TEXT", default="", help=f"run only {of_what} whose name contains this"
+    )
+    options = parser.parse_args()
+    if not programs.exists():
+        parser.error("the suite is not there: tools/setup conformance has it")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that containers are removed on the way out
+    STATE.mkdir(parents=True, exist_ok=True)
+    record = Record(STATE / f"{name}.jsonl")
+    for text in [""] if options.fresh else options.again:
+        record.forget(text)
+    return options, record
+
+
+def versions() -> str:
+    """The runtimes, for the page."""
+    said = subprocess.run([program("runc"), "--version"], capture_output=True, text=True, check=True).stdout
+    return f"runc {said.split()[2]}, kata {__version__}."
+
+
+def written(section_of: str, lines: list[str], wrong: list[str]) -> int:
+    """Write a suite's section of the page, and tell what kata fails for no known reason: then it is 1."""
+    page.replace(PAGE, section_of, lines)
+    print(f"{PAGE.relative_to(ROOT)} is written")
+    for what in wrong:
+        print(f"runc can do this, kata cannot: {what}")
+    return 1 if wrong else 0
+
+
 def main() -> int:
     """Run what has not been run, and write the table.
 
     Returns:
         1 when kata fails a test that runc passes for no known reason.
     """
-    parser = argparse.ArgumentParser(prog="tools/conformance --oci", description=__doc__)
-    parser.add_argument("--again", metavar="TEXT", action="append", default=[], help="run these once more")
-    parser.add_argument("--fresh", action="store_true", help="run everything once more")
-    parser.add_argument("--only", metavar="TEXT", default="", help="run only tests whose name contains this")
-    options = parser.parse_args()
-    if not PROGRAMS.exists():
-        parser.error("the suite is not there: tools/setup conformance builds it")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that containers are removed on the way out
-    STATE.mkdir(parents=True, exist_ok=True)
-    record = Record(STATE / "oci.jsonl")
-    for text in [""] if options.fresh else options.again:
-        record.forget(text)
+    options, record = asked("--oci", __doc__, PROGRAMS, "tests")
     todo = [
         (test, runtime)
         for test in tests()
@@ -314,15 +340,8 @@ def main() -> int:
             print(f"{test}, {runtime}: {result.outcome} ({result.seconds:.1f} s)", flush=True)
             for failure in result.failures[:3]:
                 print(f"    {failure[:300]}", flush=True)
-    said = subprocess.run([program("runc"), "--version"], capture_output=True, text=True, check=True).stdout
-    versions = (
-        f"{PROGRAMS.resolve().name.replace('-v', ' v', 1)}, runc {said.split()[2]}, kata {__version__}."
-    )
-    page.replace(PAGE, page.OCI, section(record.found, versions))
-    print(f"{PAGE.relative_to(ROOT)} is written")
-    for what in (wrong := unexplained(record.found)):
-        print(f"runc can do this, kata cannot: {what}")
-    return 1 if wrong else 0
+    suite = PROGRAMS.resolve().name.replace("-v", " v", 1)
+    return written(page.OCI, section(record.found, f"{suite}, {versions()}"), unexplained(record.found))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ Source: bats(1), bats(7); https://testanything.org/tap-version-13-specification.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -25,10 +24,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import page
-from oci_suite import PAGE, RUNTIMES, STATE, Record, Result, prepared, program
+from oci_suite import RUNTIMES, Result, asked, prepared, program, versions, written
 from rig import ROOT
 
-from kata import __version__
 from kata.sysio import Fd
 
 PROGRAMS = ROOT / "build/programs/runc-tests"
@@ -265,18 +263,7 @@ def main() -> int:
     Returns:
         1 when kata fails a test that runc passes for no known reason.
     """
-    parser = argparse.ArgumentParser(prog="tools/conformance --runc", description=__doc__)
-    parser.add_argument("--again", metavar="TEXT", action="append", default=[], help="run these once more")
-    parser.add_argument("--fresh", action="store_true", help="run everything once more")
-    parser.add_argument("--only", metavar="TEXT", default="", help="run only files whose name contains this")
-    options = parser.parse_args()
-    if not PROGRAMS.exists():
-        parser.error("the tests are not there: tools/setup conformance has them")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that containers are removed on the way out
-    STATE.mkdir(parents=True, exist_ok=True)
-    record = Record(STATE / "runc.jsonl")
-    for text in [""] if options.fresh else options.again:
-        record.forget(text)
+    options, record = asked("--runc", __doc__, PROGRAMS, "files")
     with prepared(Path(os.environ["KATA_GUEST_DIR"])) as (bundles, environment):
         tests = copy_of_tests(bundles.parent / "tests")
         for path in sorted(tests.glob("*.bats")):
@@ -290,14 +277,9 @@ def main() -> int:
                     print(f"{path.stem}: {name}, {runtime}: {result.outcome}", flush=True)
                     for words in result.failures[:8] if result.outcome == "failed" else ():
                         print(f"    {words[:300]}", flush=True)
-    said = subprocess.run([program("runc"), "--version"], capture_output=True, text=True, check=True).stdout
     release = PROGRAMS.resolve().name.rpartition("-")[2]
-    versions = f"Tests of runc {release}, runc {said.split()[2]}, kata {__version__}."
-    page.replace(PAGE, page.RUNC, section(record.found, versions))
-    print(f"{PAGE.relative_to(ROOT)} is written")
-    for what in (wrong := unexplained(record.found)):
-        print(f"runc can do this, kata cannot: {what}")
-    return 1 if wrong else 0
+    found = section(record.found, f"Tests of runc {release}, {versions()}")
+    return written(page.RUNC, found, unexplained(record.found))
 
 
 if __name__ == "__main__":
