@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import os
-import threading
 import traceback
 from collections.abc import Callable
 
-from kata import sysio
+from kata import sysio, threads
 
 
 def in_network(work: Callable[[], None]) -> None:
     """Run something in a thread that has a network namespace of its own; its exception is raised here."""
-    failed: list[BaseException] = []
 
-    def run() -> None:
-        try:
-            sysio.unshare(sysio.CLONE_NEWNET)
-            work()
-        except BaseException as error:
-            failed.append(error)
+    def apart() -> None:
+        sysio.unshare(sysio.CLONE_NEWNET)
+        work()
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    if failed:
-        raise failed[0]
+    threads.aside(apart)
 
 
 def in_mounts(work: Callable[[], None]) -> None:

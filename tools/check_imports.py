@@ -51,6 +51,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
         "sysio",
         "json_text",
         "suppress",
+        "threads",
         "paths",
         "pci_driver",
         "launcher",

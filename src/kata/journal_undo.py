@@ -513,23 +513,19 @@ def _in_network(params: dict[str, Any], identity: dict[str, Any], work: Callable
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return ""
-    problems: list[str] = []
 
-    def there() -> None:
-        # The network namespace is an attribute of the thread, so a short-lived one enters it.
-        try:
-            sysio.setns(fd, sysio.CLONE_NEWNET)
-            problems.append(work())
-        except OSError as error:
-            problems.append(str(error.strerror))
+    def there() -> str:
+        sysio.setns(fd, sysio.CLONE_NEWNET)
+        return work()
 
-    import threading
+    from kata import threads
 
-    visitor = threading.Thread(target=there)
-    visitor.start()
-    visitor.join()
-    os.close(fd)
-    return problems[0]
+    try:
+        return threads.aside(there)
+    except OSError as error:
+        return str(error.strerror)
+    finally:
+        os.close(fd)
 
 
 def _delete_link(name: str, ifindex: int) -> str:

@@ -25,7 +25,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from kata import sysio
+from kata import sysio, threads
 
 HOST4, INTERNET4 = "198.51.100.2", "198.51.100.1"
 HOST6, INTERNET6 = "2001:db8::2", "2001:db8::1"
@@ -90,10 +90,13 @@ def within(namespace: str, work: Callable[[], Any], resolv_conf: str | None = No
     return answer["result"]
 
 
+def _enter_network(namespace: str) -> None:
+    with sysio.Fd(os.open(f"/run/netns/{namespace}", os.O_RDONLY)) as fd:
+        sysio.setns(fd.raw, sysio.CLONE_NEWNET)
+
+
 def _enter(namespace: str, resolv_conf: str | None) -> None:
-    fd = os.open(f"/run/netns/{namespace}", os.O_RDONLY)
-    sysio.setns(fd, sysio.CLONE_NEWNET)
-    os.close(fd)
+    _enter_network(namespace)
     sysio.unshare(sysio.CLONE_NEWNS)
     sysio.mount(None, "/", None, sysio.MS_REC | sysio.MS_PRIVATE)
     if resolv_conf is not None:
@@ -151,48 +154,28 @@ class Server:
 
 def serve_in(namespace: str, *arguments: Any) -> Server:
     """A server whose socket belongs to another namespace than ours (a socket stays where it was made)."""
-    made: list[Server] = []
-    errors: list[BaseException] = []
 
-    def there() -> None:
-        fd = os.open(f"/run/netns/{namespace}", os.O_RDONLY)
-        try:
-            sysio.setns(fd, sysio.CLONE_NEWNET)
-            made.append(Server(*arguments))
-        except BaseException as error:
-            errors.append(error)
-        finally:
-            os.close(fd)
+    def there() -> Server:
+        _enter_network(namespace)
+        return Server(*arguments)
 
-    thread = threading.Thread(target=there)
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
-    return made[0]
+    return threads.aside(there)
 
 
 def connect_in(namespace: str, address: tuple[str, int], say: bytes = b"", timeout_s: float = 10.0) -> bytes:
     """Connect from a namespace, say something and read all that the server sends."""
-    answers: list[bytes] = []
 
-    def there() -> None:
-        fd = os.open(f"/run/netns/{namespace}", os.O_RDONLY)
-        try:
-            sysio.setns(fd, sysio.CLONE_NEWNET)
-        finally:
-            os.close(fd)
+    def there() -> bytes:
+        _enter_network(namespace)
+        data = b""
         with contextlib.suppress(OSError), socket.create_connection(address, timeout_s) as sock:
             sock.sendall(say)
-            data = b""
             while part := sock.recv(4096):
                 data += part
-            answers.append(data)
+            return data
+        return b""
 
-    thread = threading.Thread(target=there)
-    thread.start()
-    thread.join()
-    return answers[0] if answers else b""
+    return threads.aside(there)
 
 
 def send_in(namespace: str, address: tuple[str, int], say: bytes) -> None:

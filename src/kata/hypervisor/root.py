@@ -124,24 +124,14 @@ def enter(path: str, pid: int, share: str = "") -> None:
     Raises:
         HostError: A mount failed.
     """
-    import threading
+    from kata import threads
 
-    failed: list[OSError] = []
-
-    def work() -> None:
-        try:
-            _enter(path, pid, share)
-        except OSError as error:
-            failed.append(error)
-
-    # Namespace, root and working directory of this thread alone, which ends with them.
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    if failed:
+    try:
+        threads.aside(lambda: _enter(path, pid, share))
+    except OSError as error:
         raise HostError(
-            f"cannot give the hypervisor its root directory {path}: {failed[0].strerror}", _HINT
-        ) from failed[0]
+            f"cannot give the hypervisor its root directory {path}: {error.strerror}", _HINT
+        ) from error
 
 
 def _enter(path: str, pid: int, share: str) -> None:

@@ -21,7 +21,7 @@ import contextlib
 import os
 import socket
 
-from kata import children, own_namespace, sysio
+from kata import children, own_namespace, sysio, threads
 from kata.errors import HostError, NotFoundError, UnsupportedError
 from kata.hypervisor.base import Nic, random_mac
 from kata.network import held, members, netns, own_names, resolver, rtnetlink
@@ -108,7 +108,7 @@ class BridgedPlan(UserPlan):
                 self._places.append(None)
                 self._take(number, one, _open(one))
             self._places += [None] * (most - 1 - len(self._places))
-            held.aside(lambda: self._make_taps(nics))
+            threads.aside(lambda: self._make_taps(nics))
         except BaseException:
             for nic in nics:
                 nic.close()
@@ -331,7 +331,7 @@ def _inside(there: sysio.Fd) -> Iterator[rtnetlink.Rtnl]:
         sysio.setns(there.raw, sysio.CLONE_NEWNET)
         return rtnetlink.Rtnl()
 
-    with held.aside(make) as found:
+    with threads.aside(make) as found:
         yield found
 
 

@@ -14,15 +14,13 @@ from __future__ import annotations
 
 import os
 
-from kata import sysio
+from kata import sysio, threads
 from kata.network import rtnetlink
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-    from typing import Any, TypeVar
-
-    _Made = TypeVar("_Made")
+    from collections.abc import Iterable
+    from typing import Any
 
 BRIDGE = "bridge0"
 MTU = 1500
@@ -113,7 +111,7 @@ def make() -> sysio.Fd:
     Raises:
         OSError: The kernel refused.
     """
-    return aside(_make)
+    return threads.aside(_make)
 
 
 def _make() -> sysio.Fd:
@@ -125,29 +123,6 @@ def _make() -> sysio.Fd:
         rtnl.add_bridge(BRIDGE)
         rtnl.bring_up(rtnl.index_of(BRIDGE), MTU)
     return sysio.Fd(os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC))
-
-
-def aside(work: Callable[[], _Made]) -> _Made:
-    """Do something in a thread that ends afterwards, in whatever namespace it is by then: an ordinary user's process
-    could not go back to the host's. Returns and raises what *work* does.
-    """
-    made: list[_Made] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            made.append(work())
-        except BaseException as error:
-            errors.append(error)
-
-    import threading
-
-    visitor = threading.Thread(target=run)
-    visitor.start()
-    visitor.join()
-    if errors:
-        raise errors[0]
-    return made[0]
 
 
 def _write(path: str, text: str) -> None:
