@@ -34,6 +34,7 @@ const EXTRA_FEATURES: &[&str] = &[
     "kata.pids.of",
     "kata.policy",
     "kata.processes",
+    "kata.seccomp.default_errno",
     "kata.sockets",
     "kata.stdin.null",
     "kata.streams",

@@ -5,7 +5,9 @@
 //! * Names that an ABI does not have are skipped, so one profile serves many kernels.
 //! * Several rules for one call: an unconditional one beats those with arguments; otherwise the first that matches
 //!   counts. A rule whose action is the default action anyway is left out first, as runc does.
-//! * All arguments of one rule must match.
+//! * All arguments of one rule must match, unless two conditions are about the same argument: then each condition is a
+//!   rule of its own. That is what runc and crun do, and profiles are written for them.
+//! * What no rule is for has the default action, with the profile's error number for it, EPERM without one.
 //! * An ABI whose architecture is not listed is killed; the native one counts as listed.
 //! * When the default is not permissive, calls numbered above everything that the profile names fail with ENOSYS
 //!   (runc's "ENOSYS stub"): a libc that probes for a call newer than the profile then takes its fall-back.
@@ -99,7 +101,7 @@ type Point<'a> = (u32, Leaf<'a>);
 
 /// Compiles a profile. Errors name the action, operator, flag or architecture that is not understood.
 pub fn compile(profile: &LinuxSeccomp) -> Result<Vec<sock_filter>> {
-    let default = action(&profile.default_action, None)?;
+    let default = action(&profile.default_action, profile.default_errno_ret)?;
     let listed = architectures(&profile.architectures)?;
     let permissive = matches!(default & 0xffff_0000, RET_ALLOW | RET_LOG | RET_TRACE);
     let above = |table: &Table| match table.highest {
@@ -264,14 +266,16 @@ fn collect(syscalls: &[LinuxSyscall], default: u32, listed: &Listed) -> Result<P
     for entry in syscalls {
         let action = action(&entry.action, entry.errnoret)?;
         let conditions = entry.args.iter().map(condition).collect::<Result<Vec<_>>>()?;
-        let (plain, at) = (conditions.is_empty(), rules.len());
-        rules.push(Rule { action, conditions });
+        let plain = conditions.is_empty();
+        let first = rules.len();
+        rules.extend(alternatives(conditions).into_iter().map(|conditions| Rule { action, conditions }));
+        let own = first..rules.len();
         for name in &entry.names {
             let found: Numbers = numbers(name);
             for (table, number) in [(&mut native, found.native), (&mut x86, found.x86), (&mut x32, found.x32)] {
                 table.highest = table.highest.max(number);
                 if let Some(number) = number.filter(|_| action != default) {
-                    table.calls.push((number, at));
+                    table.calls.extend(own.clone().map(|at| (number, at)));
                 }
             }
             // The arguments proper of a multiplexed call are behind a pointer: a rule that looks at them cannot be
@@ -289,6 +293,16 @@ fn collect(syscalls: &[LinuxSyscall], default: u32, listed: &Listed) -> Result<P
         sort(&mut table.calls);
     }
     Ok(Profile { rules, native, x86, x32 })
+}
+
+/// The conditions of an entry's rules: one rule with all of them, or one rule for each where two share an argument.
+fn alternatives(conditions: Vec<Condition>) -> Vec<Vec<Condition>> {
+    let shared = |at: usize| conditions[..at].iter().any(|before| before.index == conditions[at].index);
+    if (1..conditions.len()).any(shared) {
+        conditions.into_iter().map(|one| vec![one]).collect()
+    } else {
+        vec![conditions]
+    }
 }
 
 /// i386 reaches sockets and System V IPC also through `socketcall` (102) and `ipc` (117), by number.

@@ -80,7 +80,7 @@ fn holds(arg: &LinuxSeccompArg, args: &[u64; 6], width: u64) -> bool {
 
 /// The documented meaning, without any cleverness. Multiplexed calls are tested on their own.
 fn reference(profile: &LinuxSeccomp, call: &Call) -> u32 {
-    let default = action(&profile.default_action, None).unwrap();
+    let default = action(&profile.default_action, profile.default_errno_ret).unwrap();
     let has = |name: &str| profile.architectures.iter().any(|a| a == name);
     let (abi, nr) = match call.arch {
         AUDIT_ARCH_NATIVE if call.nr >= X32_BIT && has("SCMP_ARCH_X32") => (Abi::X32, call.nr - X32_BIT),
@@ -105,7 +105,15 @@ fn reference(profile: &LinuxSeccomp, call: &Call) -> u32 {
         .collect();
     let width = if abi == Abi::Native { u64::MAX } else { u64::from(u32::MAX) };
     let unconditional = rules.iter().find(|(s, _)| s.args.is_empty());
-    let matching = rules.iter().find(|(s, _)| s.args.iter().all(|arg| holds(arg, &call.args, width)));
+    let matching = rules.iter().find(|(s, _)| {
+        let distinct: BTreeSet<u64> = s.args.iter().map(|arg| arg.index).collect();
+        let mut outcomes = s.args.iter().map(|arg| holds(arg, &call.args, width));
+        if distinct.len() < s.args.len() {
+            outcomes.any(|held| held)
+        } else {
+            outcomes.all(|held| held)
+        }
+    });
     unconditional.or(matching).map_or(default, |(_, action)| *action)
 }
 
@@ -203,7 +211,10 @@ fn random_profile(random: &mut Random) -> LinuxSeccomp {
         .filter(|_| random.below(2) == 0)
         .map(ToString::to_string)
         .collect();
-    LinuxSeccomp { default_action: random.pick(ACTIONS).to_string(), architectures, flags: vec![], syscalls }
+    let default_action = random.pick(ACTIONS).to_string();
+    let takes_errno = ["SCMP_ACT_ERRNO", "SCMP_ACT_TRACE"].contains(&default_action.as_str());
+    let default_errno_ret = if takes_errno { [None, Some(1), Some(6), Some(38)][random.below(4)] } else { None };
+    LinuxSeccomp { default_action, architectures, flags: vec![], syscalls, default_errno_ret }
 }
 
 fn check(profile: &LinuxSeccomp, call: &Call) {
@@ -270,6 +281,7 @@ fn profile(default: &str, syscalls: Vec<LinuxSyscall>) -> LinuxSeccomp {
         architectures: ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"].map(Into::into).into(),
         flags: vec![],
         syscalls,
+        default_errno_ret: None,
     }
 }
 
@@ -301,6 +313,28 @@ fn arguments_of_one_rule_are_all_needed_and_rules_are_alternatives() {
     assert_eq!(on("fchmodat2", 0, 0), RET_ERRNO | 38, "newer than everything in the profile");
 }
 
+#[test]
+fn the_default_action_has_an_error_number_of_its_own() {
+    let mut refused = rule(&["read"], "SCMP_ACT_ERRNO", &[]);
+    refused.errnoret = Some(libc::ENXIO as u32);
+    let calls = vec![rule(&["openat2"], "SCMP_ACT_ALLOW", &[]), rule(&["write"], "SCMP_ACT_ERRNO", &[]), refused];
+    let mut subject = profile("SCMP_ACT_ERRNO", calls);
+    for (number, expected) in [(None, 1), (Some(6), 6), (Some(38), 38), (Some(0), 0), (Some(4095), 4095)] {
+        subject.default_errno_ret = number;
+        let program = compile(&subject).unwrap();
+        let on = |name| run(&program, &native(name, [0; 6]));
+        assert_eq!(on("clone3"), RET_ERRNO | expected);
+        assert_eq!((on("write"), on("read")), (RET_ERRNO | 1, RET_ERRNO | 6), "the rules keep theirs");
+        assert_eq!(on("fchmodat2"), RET_ERRNO | 38, "newer than everything in the profile");
+    }
+    for (action, number, word) in [("ERRNO", 4096, "4096"), ("ALLOW", 38, "SCMP_ACT_ALLOW takes no errnoRet")] {
+        subject = profile(&format!("SCMP_ACT_{action}"), vec![]);
+        subject.default_errno_ret = Some(number);
+        let error = compile(&subject).unwrap_err().message;
+        assert!(error.contains(word), "{error}");
+    }
+}
+
 #[cfg(target_arch = "x86_64")]
 #[test]
 fn i386_sockets_are_reached_by_number_too() {
@@ -317,12 +351,16 @@ fn i386_sockets_are_reached_by_number_too() {
 }
 
 #[test]
-fn one_argument_may_have_two_conditions() {
-    let range = [(0, "GT", 40, 0), (0, "LE", 0xffff_ffff, 0)];
-    let subject = profile("SCMP_ACT_ERRNO", vec![rule(&["socket"], "SCMP_ACT_ALLOW", &range)]);
+fn two_conditions_on_one_argument_are_alternatives() {
+    let conditions = [(0, "EQ", 100, 0), (1, "EQ", 7, 0), (0, "EQ", 9001, 0)];
+    let subject = profile("SCMP_ACT_ERRNO", vec![rule(&["socket"], "SCMP_ACT_ALLOW", &conditions)]);
     let program = compile(&subject).unwrap();
-    let on = |family| run(&program, &native("socket", [family, 0, 0, 0, 0, 0]));
-    assert_eq!((on(40), on(41), on(1 << 32 | 41)), (RET_ERRNO | 1, RET_ALLOW, RET_ERRNO | 1));
+    let on = |first, second| run(&program, &native("socket", [first, second, 0, 0, 0, 0]));
+    for (first, second, expected) in
+        [(100, 0, RET_ALLOW), (9001, 0, RET_ALLOW), (0, 7, RET_ALLOW), (0, 0, RET_ERRNO | 1), (7, 100, RET_ERRNO | 1)]
+    {
+        assert_eq!(on(first, second), expected, "{first} {second}");
+    }
 }
 
 #[test]

@@ -147,6 +147,24 @@ def test_what_cannot_be_carried_is_told() -> None:
     spec.to_message(guest_view(config, binds=binds))
 
 
+@pytest.mark.parametrize(("number", "told"), [(None, 0), (1, 0), (0, 1), (38, 1)])
+def test_the_error_of_what_a_seccomp_profile_does_not_name_is_carried(number: int | None, told: int) -> None:
+    config = docker_like()
+    config["linux"]["seccomp"] = {
+        "defaultAction": "SCMP_ACT_ERRNO",
+        "defaultErrnoRet": number,
+        "syscalls": [{"names": ["read"], "action": "SCMP_ACT_ERRNO", "errnoRet": 5}],
+    }
+    seen = spec.to_message(guest_view(config))
+    assert seen.Linux is not None
+    profile = seen.Linux.Seccomp
+    assert profile is not None
+    assert (profile.DefaultErrnoRet, profile.Syscalls[0].errnoret) == (number, 5)
+    assert list(spec.dropped(config)) == []
+    # To an agent that does not have it, EPERM is nothing new.
+    assert len(list(spec.default_errno(config))) == told
+
+
 def test_limits_of_a_containers_disks_cannot_be_changed_later() -> None:
     """Their numbers are the host's: the guest has others, which its agent learns when the container is created."""
     requests: list[Any] = []

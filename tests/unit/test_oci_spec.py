@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 
 from kata.errors import UsageError
@@ -167,3 +169,21 @@ def test_the_seccomp_profile_follows_the_capabilities() -> None:
         assert _allowed(admin, name), name
     for privileged in ("keyctl", "add_key", "request_key", "userfaultfd", "kexec_load"):
         assert not _allowed(admin, privileged), privileged
+
+
+def test_the_seccomp_profile_leaves_out_vsock_alone() -> None:
+    tests = {
+        "SCMP_CMP_LT": lambda found, value: found < value,
+        "SCMP_CMP_EQ": lambda found, value: found == value,
+    }
+    rules = [rule["args"] for rule in default_profile([])["syscalls"] if "socket" in rule["names"]]
+    for conditions in rules:
+        # Two on one argument would be alternatives: runc's and crun's reading, and our agent's.
+        assert len(conditions) == len({one["index"] for one in conditions})
+
+    def allowed(family: int) -> bool:
+        return any(all(tests[one["op"]](family, one["value"]) for one in conditions) for conditions in rules)
+
+    # The kernel takes the lower 32 bits.
+    refused = [family for family in (*range(46), 1 << 32 | socket.AF_VSOCK) if not allowed(family)]
+    assert refused == [socket.AF_VSOCK, 1 << 32 | socket.AF_VSOCK]

@@ -442,6 +442,17 @@ def test_the_system_call_filter_holds_for_all_processes(guest: Guest, no_new_pri
     box.remove()
 
 
+def test_what_a_profile_does_not_name_ends_with_its_default_error(guest: Guest) -> None:
+    """A profile as Podman's: calls that it does not name are as if the kernel had none of them."""
+    names = "execve brk mmap munmap mprotect arch_prctl read write open openat close stat fstat lstat getuid exit_group"
+    known = oci.LinuxSyscall(Names=[*names.split(), "openat2"], Action="SCMP_ACT_ALLOW")
+    for number, words in ((None, b"Operation not permitted"), (38, b"Function not implemented")):
+        profile = oci.LinuxSeccomp(DefaultAction="SCMP_ACT_ERRNO", Syscalls=[known], DefaultErrnoRet=number)
+        box = Container(guest, "default", "mkdir", "/x", linux={"Seccomp": profile}, NoNewPrivileges=True)
+        assert words in box.read(errors=True)
+        box.remove()
+
+
 def test_a_user_namespace(guest: Guest) -> None:
     mapping = [oci.LinuxIDMapping(HostID=100000, ContainerID=0, Size=65536)]
     box = Container(

@@ -827,6 +827,8 @@ pub struct LinuxSeccomp {
     pub architectures: Vec<String>,
     pub flags: Vec<String>,
     pub syscalls: Vec<LinuxSyscall>,
+    /// Ours (feature "kata.seccomp.default_errno"): the error number of the default action; without it, EPERM.
+    pub default_errno_ret: Option<u32>,
 }
 
 impl Message for LinuxSeccomp {
@@ -835,6 +837,7 @@ impl Message for LinuxSeccomp {
         codec::put_repeated_string(out, 2, &self.architectures);
         codec::put_repeated_string(out, 3, &self.flags);
         codec::put_repeated_message(out, 4, &self.syscalls);
+        codec::put_optional_uint32(out, 1000, &self.default_errno_ret);
     }
 
     fn merge(&mut self, field: Field<'_>) -> Result<(), DecodeError> {
@@ -843,6 +846,7 @@ impl Message for LinuxSeccomp {
             2 => codec::get_repeated_string(field, &mut self.architectures)?,
             3 => codec::get_repeated_string(field, &mut self.flags)?,
             4 => codec::get_repeated_message(field, &mut self.syscalls)?,
+            1000 => codec::get_optional_uint32(field, &mut self.default_errno_ret)?,
             _ => {}
         }
         Ok(())

@@ -125,7 +125,7 @@ pub const MESSAGES: &[(&str, &str)] = &[
     ("LinuxNetwork", "ClassID:1u Priorities:2*mLinuxInterfacePriority"),
     ("LinuxPids", "Limit:1i"),
     ("LinuxResources", "Devices:1*mLinuxDeviceCgroup Memory:2mLinuxMemory CPU:3mLinuxCPU Pids:4mLinuxPids BlockIO:5mLinuxBlockIO HugepageLimits:6*mLinuxHugepageLimit Network:7mLinuxNetwork"),
-    ("LinuxSeccomp", "DefaultAction:1s Architectures:2*s Flags:3*s Syscalls:4*mLinuxSyscall"),
+    ("LinuxSeccomp", "DefaultAction:1s Architectures:2*s Flags:3*s Syscalls:4*mLinuxSyscall DefaultErrnoRet:1000u"),
     ("LinuxSeccompArg", "Index:1u Value:2u ValueTwo:3u Op:4s"),
     ("LinuxSyscall", "Names:1*s Action:2s errnoret:3u Args:4*mLinuxSeccompArg"),
     ("LinuxThrottleDevice", "Major:1i Minor:2i Rate:3u"),

@@ -101,6 +101,8 @@ _PERSONALITIES = (0x0, 0x8, 0x20000, 0x20008, 0xFFFFFFFF)
 """PER_LINUX, PER_LINUX32, both with UNAME26, and the query for the current one."""
 
 _AF_VSOCK = 40
+_AF_MAX = 46
+"""Source: Linux's include/linux/socket.h, since 5.15."""
 _EPERM = 1
 _ENOSYS = 38
 
@@ -131,16 +133,14 @@ def default_profile(capabilities: list[str]) -> dict[str, Any]:
         _allow(["personality"], {"index": 0, "value": value, "op": "SCMP_CMP_EQ"})
         for value in _PERSONALITIES
     ]
-    # The agent listens on vsock, which a container must not reach (vsock loopback included). "Not equal" would not do:
-    # the filter compares 64 bits but the kernel uses 32, so 1 << 32 | AF_VSOCK would pass.
+    # The agent listens on vsock, which a container must not reach (vsock loopback included). "Not equal" and "greater"
+    # would not do: the filter compares 64 bits but the kernel uses 32, so 1 << 32 | AF_VSOCK would pass. Nor would two
+    # conditions on one argument in one rule: runtimes take these for alternatives.
     rules.append(_allow(["socket"], {"index": 0, "value": _AF_VSOCK, "op": "SCMP_CMP_LT"}))
-    rules.append(
-        _allow(
-            ["socket"],
-            {"index": 0, "value": _AF_VSOCK, "op": "SCMP_CMP_GT"},
-            {"index": 0, "value": 0xFFFFFFFF, "op": "SCMP_CMP_LE"},
-        )
-    )
+    rules += [
+        _allow(["socket"], {"index": 0, "value": family, "op": "SCMP_CMP_EQ"})
+        for family in range(_AF_VSOCK + 1, _AF_MAX)
+    ]
     if "CAP_SYS_ADMIN" not in held:
         rules.append(
             _allow(

@@ -34,7 +34,7 @@ _MESSAGES = {
     "LinuxNetwork": "ClassID:1:uint32 Priorities:2:*@oci.LinuxInterfacePriority",
     "LinuxHugepageLimit": "Pagesize:1:string Limit:2:uint64",
     "LinuxInterfacePriority": "Name:1:string Priority:2:uint32",
-    "LinuxSeccomp": "DefaultAction:1:string Architectures:2:*string Flags:3:*string Syscalls:4:*@oci.LinuxSyscall",
+    "LinuxSeccomp": "DefaultAction:1:string Architectures:2:*string Flags:3:*string Syscalls:4:*@oci.LinuxSyscall DefaultErrnoRet:1000:?uint32",
     "LinuxSeccompArg": "Index:1:uint64 Value:2:uint64 ValueTwo:3:uint64 Op:4:string",
     "LinuxSyscall": "Names:1:*string Action:2:string errnoret:3:?uint32 Args:4:*@oci.LinuxSeccompArg",
     "LinuxIntelRdt": "L3CacheSchema:1:string",

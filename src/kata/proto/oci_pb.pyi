@@ -427,6 +427,9 @@ class LinuxSeccomp(Message):
     Architectures: list[str]
     Flags: list[str]
     Syscalls: list[LinuxSyscall]
+    DefaultErrnoRet: int | None
+    """Ours (feature "kata.seccomp.default_errno"): the error number of the default action; without it,
+    EPERM."""
     def __init__(
         self,
         *,
@@ -434,6 +437,7 @@ class LinuxSeccomp(Message):
         Architectures: list[str] = ...,
         Flags: list[str] = ...,
         Syscalls: list[LinuxSyscall] = ...,
+        DefaultErrnoRet: int | None = ...,
     ) -> None: ...
 
 class LinuxSeccompArg(Message):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 
-from kata.agent.client import DEVICE_LIMITS, PIDS_OF, Encoded, create_request
+from kata.agent.client import DEFAULT_ERRNO, DEVICE_LIMITS, PIDS_OF, Encoded, create_request
 from kata.agent.text import escape_line
 from kata.engine.containers import binds, copies, disks, etc_files, nodes, rootfs, spec
 from kata.engine.containers.attached_disks import AttachedDisks
@@ -176,6 +176,8 @@ class ContainerParts:
             ).encode()
         )
         agent = await self._runtime.ready()
+        if DEFAULT_ERRNO not in agent.features:
+            self._tell_of(spec.default_errno(guest_spec))
         if pids_of and PIDS_OF not in agent.features:
             raise UnsupportedError(
                 f"cannot show the container the processes of container {pids_of!r}:"
