@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from agent_support import (
@@ -253,6 +254,41 @@ def test_start_hooks_run_inside(guest: Guest) -> None:
     bad = Container(guest, "hooked", "true", start=False, hooks=fails)
     assert "error running startContainer hook #0: /bin/false: exit status 1" in error(bad.start)[1]
     bad.remove()
+
+
+@pytest.mark.parametrize("no_new_privileges", [False, True])
+def test_start_hooks_have_the_filter_and_capabilities_of_the_program(
+    guest: Guest, no_new_privileges: bool
+) -> None:
+    deny = oci.LinuxSyscall(Names=["mkdir", "mkdirat"], Action="SCMP_ACT_KILL")
+    # Who waits for the hooks is not under the filter.
+    waits = oci.LinuxSyscall(Names=["wait4"], Action="SCMP_ACT_ERRNO")
+    profile = oci.LinuxSeccomp(DefaultAction="SCMP_ACT_ALLOW", Syscalls=[deny, waits])
+
+    def container(script: str, **changes: Any) -> Container:
+        hooks = oci.Hooks(StartContainer=[oci.Hook(Path="/bin/sh", Args=["sh", "-c", script])])
+        return Container(
+            guest,
+            "confined",
+            "cat",
+            "/tmp/seen",
+            linux={"Seccomp": profile},
+            mounts=[mount("/tmp", "tmpfs", "tmpfs")],
+            hooks=hooks,
+            NoNewPrivileges=no_new_privileges,
+            **changes,
+        )
+
+    seen = container(
+        "while read -r what value; do case $what in CapEff:|Seccomp:) echo $value; esac; done"
+        " </proc/self/status >/tmp/seen"
+    )
+    assert seen.read() == b"00000000a80425fb\n2\n"
+    seen.remove()
+    ended = container("exec mkdir /tmp/x", start=False)
+    said = "error running startContainer hook #0: /bin/sh: signal: bad system call"
+    assert said in error(ended.start)[1]
+    ended.remove()
 
 
 # ---- streams ----

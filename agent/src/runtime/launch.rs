@@ -98,13 +98,17 @@ pub fn launch(
     if !report.wait_for_start() {
         return Err(Error::internal("the agent has given the process up"));
     }
-    hooks::run(start_hooks, &envp, container)?;
-    if let Some(filter) = filter {
-        seccomp::install(&filter.program, filter.flags)?;
-    }
-    if extra != 0 {
-        caps.finish()?;
-    }
+    let confine = || {
+        if let Some(filter) = filter {
+            seccomp::install(&filter.program, filter.flags)?;
+        }
+        if extra != 0 {
+            caps.finish()?;
+        }
+        Ok(())
+    };
+    hooks::run(start_hooks, &envp, container, &confine)?;
+    confine()?;
     Err(command::exec_error(&path, sys::execve(&path, &argv, &envp)))
 }
 
