@@ -58,7 +58,8 @@ def test_rename(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
         records.rename(records.find("after"), "taken")
     with pytest.raises(AlreadyExistsError, match="that name already"):
         records.rename(records.find("after"), "after")
-    assert "cannot be a container's name" in said(capsys, "container", "rename", "after", "a/b", status=125)
+    told = said(capsys, "container", "rename", "after", "a/b", status=125)
+    assert "kata rename: 'a/b' cannot be a container's name" in told
     make("before")  # the name is free again
     records.remove(records.find("after"))
     assert sorted(path.name for path in (state / "names").iterdir()) == ["before", "taken"]

@@ -85,7 +85,7 @@ def _rename(arguments: Arguments) -> int:
     from kata.cli import values
 
     reference, name = arguments.rest
-    records.rename(records.find(reference), values.container_name(name))
+    records.rename(records.find(reference), values.name(name, "kata rename:", "container"))
     return 0
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 
 from kata import paths
-from kata.cli import records
+from kata.cli import records, values
 from kata.errors import AlreadyExistsError, HostError, JournalError, NotFoundError, StateError, UsageError
 from kata.journal import Journal
 from kata.network import held, members
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from kata.sysio import Fd
 
 _RECORD = "network.json"
-_NAME = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
 RESERVED = ("user", "tap", "none", "host", "bridge", "default", "container")
 """Words that `kata run --network` or Docker's users mean something else by."""
 MOST = 3
@@ -48,17 +47,13 @@ def runtime_dir(record: dict[str, Any]) -> str:
 
 
 def check_name(name: str, given: str) -> str:
-    """Check a network's name: as a container's, of at most 128 characters; returns it.
+    """Check a network's name; see `values.name`.
 
     Args:
         name: The name.
         given: The option or argument as the user wrote it, for errors.
     """
-    if not (len(name) <= 128 and name[:1].isalnum() and name.isascii() and set(name) <= _NAME):
-        raise UsageError(
-            f"{given}: {name!r} cannot be a network's name",
-            "up to 128 of a-z A-Z 0-9 _ . -, starting with a letter or digit",
-        )
+    values.name(name, f"{given}:", "network", least=1)
     if name in RESERVED:
         raise UsageError(f"{given}: {name!r} means something else to --network", "choose another name")
     return name
@@ -81,7 +76,7 @@ def find(reference: str) -> dict[str, Any]:
         NotFoundError: There is none.
         UsageError: There are several.
     """
-    found = load(reference) if reference and set(reference) <= _NAME and reference[0] != "." else None
+    found = load(reference) if values.may_be_name(reference) else None
     if found is not None:
         return found
     matching = [one for one in everything() if reference and one["id"].startswith(reference)]

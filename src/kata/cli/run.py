@@ -520,7 +520,7 @@ class _Choice:
             values.limit(a.value("cpus")),
             values.limit(a.value("memory")),
         )
-        self.name = None if name is None else values.container_name(name)
+        self.name = None if name is None else values.name(name, "--name", "container")
         if name is None and a.flag("replace"):
             raise UsageError("--replace is about the container with the same name", "--name NAME")
         self.hostname = None if hostname is None else values.hostname(hostname)

@@ -301,14 +301,33 @@ def environment(assignments: list[str], files: list[str]) -> list[str]:
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
 
 
-def container_name(text: str) -> str:
-    """Check a container's name: a letter or digit, then letters, digits, ``_``, ``.`` and ``-``."""
-    if not (
-        2 <= len(text) <= 128 and text[0].isalnum() and text.isascii() and set(text) <= _NAME_CHARACTERS
-    ):
+_LONGEST_NAME = 128
+
+
+def may_be_name(text: str) -> bool:
+    """Whether a container, volume or network could have this name, which is a part of a path below our directories."""
+    return (
+        0 < len(text) <= _LONGEST_NAME
+        and text[0].isalnum()
+        and text.isascii()
+        and set(text) <= _NAME_CHARACTERS
+    )
+
+
+def name(text: str, given: str, whose: str, *, least: int = 2, hint: str = "") -> str:
+    """Check a name: a letter or digit, then letters, digits, ``_``, ``.`` and ``-``; returns it.
+
+    Args:
+        text: The name.
+        given: The option or argument that it belongs to, for errors.
+        whose: What is to have it, for errors: ``container``.
+        least: How many characters it has at least.
+        hint: What else may have been meant.
+    """
+    if len(text) < least or not may_be_name(text):
         raise UsageError(
-            f"--name {text!r} cannot be a container's name",
-            "2 to 128 of a-z A-Z 0-9 _ . -, starting with a letter or digit",
+            f"{given} {text!r} cannot be a {whose}'s name",
+            f"{least} to {_LONGEST_NAME} of a-z A-Z 0-9 _ . -, starting with a letter or digit{hint}",
         )
     return text
 

@@ -15,8 +15,8 @@ from __future__ import annotations
 import os
 
 from kata import paths
-from kata.cli import on_disk, records
-from kata.errors import AlreadyExistsError, JournalError, NotFoundError, StateError, UsageError
+from kata.cli import on_disk, records, values
+from kata.errors import AlreadyExistsError, JournalError, NotFoundError, StateError
 from kata.journal import Journal
 
 TYPE_CHECKING = False
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from typing import Any
 
 _RECORD = "volume.json"
-_NAME = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
 
 
 def directory() -> str:
@@ -38,18 +37,13 @@ def disk(name: str) -> str:
 
 
 def check_name(name: str, given: str) -> str:
-    """Check a volume's name: as a container's, of at most 128 characters; returns it.
+    """Check a volume's name; see `values.name`.
 
     Args:
         name: The name.
         given: The option or argument as the user wrote it, for errors.
     """
-    if not (2 <= len(name) <= 128 and name[0].isalnum() and name.isascii() and set(name) <= _NAME):
-        raise UsageError(
-            f"{given}: {name!r} cannot be a volume's name",
-            "2 to 128 of a-z A-Z 0-9 _ . -, starting with a letter or digit; a directory here is ./NAME",
-        )
-    return name
+    return values.name(name, f"{given}:", "volume", hint="; a directory here is ./NAME")
 
 
 def locked(*, shared: bool = False) -> records.DirectoryLock:
@@ -68,7 +62,7 @@ def find(name: str) -> dict[str, Any]:
     Raises:
         NotFoundError: There is none of that name.
     """
-    found = load(name) if name and set(name) <= _NAME and name[0] != "." else None
+    found = load(name) if values.may_be_name(name) else None
     if found is None:
         raise NotFoundError(f"there is no volume {name!r}", "kata volume ls")
     return found
