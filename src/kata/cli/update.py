@@ -25,8 +25,10 @@ COMMANDS = {
         "CONTAINER...",
         "Changes the limits of containers: of running ones at once, and for later starts.",
         [
-            Option("--cpus", "N", "how many CPUs the container may use"),
-            Option("-m --memory", "SIZE", "how much memory the container may use (512m, 2g)"),
+            Option("--cpus", "N", "how many CPUs the container may use; 0 changes nothing"),
+            Option(
+                "-m --memory", "SIZE", "how much memory the container may use (512m, 2g); 0 changes nothing"
+            ),
             Option("--memory-swap", "SIZE", "the same as -m: the machine has no swap"),
             Option("--pids-limit", "N", "how many processes the container may have; 0 or -1 for no limit"),
         ],
@@ -40,8 +42,12 @@ COMMANDS = {
 
 def _wanted(arguments: Arguments) -> tuple[dict[str, Any], dict[str, Any]]:
     """The limits of the options: (resources of the specification, entries of the container's record)."""
-    cpus, memory, pids = (arguments.value(name) for name in ("cpus", "memory", "pids_limit"))
-    swap = arguments.value("memory_swap")
+    given = [arguments.value(name) for name in ("cpus", "memory", "memory_swap", "pids_limit")]
+    if given == [None] * len(given):
+        raise UsageError("no limit to change was given", "kata update -m 512m NAME")
+    # As in Docker, a 0 leaves that limit as it is; of --pids-limit it is none.
+    cpus, memory, swap = map(values.limit, given[:-1])
+    pids = given[-1]
     if swap is not None:
         values.no_swap(swap, memory)
     resources: dict[str, Any] = {}
@@ -55,8 +61,6 @@ def _wanted(arguments: Arguments) -> tuple[dict[str, Any], dict[str, Any]]:
         resources["memory"] = {"limit": size, "swap": size}
     if pids is not None:
         resources["pids"] = {"limit": values.whole(pids, "--pids-limit", least=-1) or -1}
-    if not resources:
-        raise UsageError("no limit to change was given", "kata update -m 512m NAME")
     return resources, record
 
 
@@ -77,6 +81,8 @@ def _update(arguments: Arguments) -> int:
     resources, record = _wanted(arguments)
 
     def act(container: Container) -> None:
+        if not resources:
+            return
         if container.running():
             with EngineClient(container.socket) as engine:
                 engine.update(container.id, resources)
