@@ -6,7 +6,10 @@ import os
 import threading
 from typing import Any
 
+import pytest
+
 from kata.cli import pump
+from kata.errors import UsageError
 
 
 def test_output_that_is_full_for_a_moment_is_not_gone() -> None:
@@ -36,3 +39,11 @@ def test_output_that_is_full_for_a_moment_is_not_gone() -> None:
     assert seen.endswith(b"behind")
     for fd in (source, feed, reader, target):
         os.close(fd)
+
+
+def test_whether_signals_are_passed_on() -> None:
+    assert [pump.passes_signals(text) for text in (None, "true", "1", "false", "0")] == [True] * 3 + [
+        False
+    ] * 2
+    with pytest.raises(UsageError, match="neither true nor false"):
+        pump.passes_signals("")

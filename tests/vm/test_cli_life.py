@@ -159,8 +159,12 @@ def test_create_start_attach(shared_kata: Kata, busybox_image: str) -> None:
         done = shared_kata.call("start", "-a", "-i", "made", stdin=b"through\n")
         assert (done.returncode, done.stdout) == (0, b"through\n")
         shared_kata.ok("start", "made")
-        attached = shared_kata.call("attach", identity[:12], stdin=b"later\n")
+        # One that runs is attached to.
+        attached = shared_kata.call("start", "-ai", "--sig-proxy=false", identity[:12], stdin=b"later\n")
         assert (attached.returncode, attached.stdout) == (0, b"later\n")
+        shared_kata.ok("start", "made")
+        attached = shared_kata.call("attach", identity[:12], stdin=b"again\n")
+        assert (attached.returncode, attached.stdout) == (0, b"again\n")
     finally:
         shared_kata.ok("rm", "-f", "made")
 

@@ -8,7 +8,7 @@ import sys
 from kata.cli import records, session, values
 from kata.cli.args import Command, Option
 from kata.cli.listing import need_running
-from kata.cli.pump import Detached, OutputGone, detach_keys
+from kata.cli.pump import Detached, OutputGone, detach_keys, passes_signals
 from kata.errors import KataError, StateError, UsageError, VMLostError
 from kata.json_text import loads
 from kata.suppress import suppress
@@ -179,22 +179,44 @@ def _end_without_output(client: EngineClient, container: Container, exec_id: str
 
 
 def _attach(arguments: Arguments) -> int:
+    container = records.find(arguments.rest[0])
+    keys = detach_keys(arguments.value("detach_keys"))
+    return attach(
+        container,
+        stdin=not arguments.flag("no_stdin"),
+        detach_keys=keys,
+        proxy_signals=passes_signals(arguments.value("sig_proxy")),
+    )
+
+
+def attach(container: Container, *, stdin: bool, detach_keys: bytes, proxy_signals: bool = True) -> int:
+    """Take part in a running container's streams until it ends.
+
+    Args:
+        container: The container.
+        stdin: Connect standard input, too, if the container keeps its own open.
+        detach_keys: Bytes that, typed on a terminal, end this command and leave the container running.
+        proxy_signals: Pass signals on to the container, unless it has a terminal.
+
+    Returns:
+        Its exit code; 0 after the detach keys.
+
+    Raises:
+        StateError: It is not running, or paused.
+        VMLostError: Its machine was lost.
+    """
     from kata.cli.ending import wait_for_engine
     from kata.engine.client import EngineClient
 
-    container = records.find(arguments.rest[0])
-    keys = detach_keys(arguments.value("detach_keys"))
-    proxy = arguments.value("sig_proxy") or "true"
-    if proxy not in ("true", "false"):
-        raise UsageError(f"--sig-proxy {proxy!r} is neither true nor false")
     state = need_running(container)
     if state["status"] == records.PAUSED:
         raise StateError(f"container {container.name} is paused", f"kata resume {container.name}")
     tty = bool(container.record["tty"])
-    stdin = container.record["open_stdin"] and not arguments.flag("no_stdin")
+    stdin = stdin and container.record["open_stdin"]
     if tty and stdin and not os.isatty(0):
         raise UsageError(
-            f"container {container.name} has a terminal, and standard input is none", "add --no-stdin"
+            f"container {container.name} has a terminal, and standard input is none",
+            f"kata attach --no-stdin {container.name}",
         )
     with EngineClient(container.socket) as client:
         streams = session.Attachment(
@@ -208,7 +230,7 @@ def _attach(arguments: Arguments) -> int:
             fifos.close()
             raise
         try:
-            status = streams.copy(detach_keys=keys, proxy_signals=proxy == "true" and not tty)
+            status = streams.copy(detach_keys=detach_keys, proxy_signals=proxy_signals and not tty)
         except Detached:
             sys.stderr.write(f"\r\ndetached; it goes on: kata attach {container.name}\r\n")
             return 0

@@ -10,6 +10,7 @@ from kata.cli import objects, records, session, signals
 from kata.cli.args import Command, Option
 from kata.cli.ending import ENDED, stop, wait_for_engine
 from kata.cli.listing import need_running
+from kata.cli.pump import detach_keys, passes_signals
 from kata.cli.report import REMOVING
 from kata.engine.client import EngineClient
 from kata.errors import KataError, StateError, UsageError
@@ -39,8 +40,13 @@ COMMANDS = {
             Option("-i --interactive", "", "also connect standard input (implies --attach)"),
             Option("--all", "", "all containers that do not run"),
             _LATEST,
+            Option("--sig-proxy", "true|false", "pass signals on to the container (true)"),
+            Option(
+                "--detach-keys", "KEYS", "keys that detach and leave the container running (ctrl-p,ctrl-q)"
+            ),
         ],
         exclusive=_ONE_WAY,
+        notes="With --attach or --interactive, a container that runs already is attached to, as in Docker.",
     ),
     "restart": Command(
         "restart",
@@ -158,17 +164,28 @@ def _chosen(arguments: Arguments, command: str, states: tuple[str, ...] = (recor
 def _start(arguments: Arguments) -> int:
     chosen = _chosen(arguments, "start", (records.CREATED, records.EXITED))
     interactive = arguments.flag("interactive")
+    keys = detach_keys(arguments.value("detach_keys"))
+    proxy = passes_signals(arguments.value("sig_proxy"))
     if interactive or arguments.flag("attach"):
         if len(chosen) != 1:
             raise UsageError("only one container can be attached to", "start the others without -a")
         container = records.find(chosen[0])
-        _need_stopped(container)
+        is_up = container.state()["status"] in (records.RUNNING, records.PAUSED)
         if container.record.get("restart") and os.environ.get(records.RESTART_UNIT) == container.id:
             from kata.cli import restart
 
+            if is_up:
+                raise StateError(f"container {container.name} is running already", "systemctl stop its unit")
             return restart.attend(container)
+        if is_up:  # as in Docker, it is no error that there is nothing to start
+            from kata.cli import execute
+
+            return execute.attach(container, stdin=interactive, detach_keys=keys, proxy_signals=proxy)
         return session.run_attached(
-            container, stdin=interactive and container.record["open_stdin"], detach_keys=b"\x10\x11"
+            container,
+            stdin=interactive and container.record["open_stdin"],
+            detach_keys=keys,
+            proxy_signals=proxy,
         )
 
     def act(container: Container) -> None:
@@ -187,12 +204,6 @@ def _start(arguments: Arguments) -> int:
                 raise
 
     return each(chosen, act)
-
-
-def _need_stopped(container: Container) -> None:
-    status = container.state()["status"]
-    if status in (records.RUNNING, records.PAUSED):
-        raise StateError(f"container {container.name} is {status} already", f"kata attach {container.name}")
 
 
 # ---- stop ----

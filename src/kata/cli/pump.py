@@ -116,6 +116,17 @@ def detach_keys(text: str | None) -> bytes:
         ) from None
 
 
+def passes_signals(text: str | None) -> bool:
+    """What ``--sig-proxy`` says; None for the usual: yes.
+
+    Raises:
+        UsageError: It is no truth value.
+    """
+    if text not in (None, "true", "1", "false", "0"):
+        raise UsageError(f"--sig-proxy {text!r} is neither true nor false", "--sig-proxy=false")
+    return text not in ("false", "0")
+
+
 def parse_detach_keys(text: str) -> bytes:
     r"""Turn ``ctrl-p,ctrl-q`` into the bytes a terminal sends for it; empty text means no detach keys.
 

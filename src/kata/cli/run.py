@@ -180,6 +180,7 @@ COMMANDS = {
             Option(
                 "--detach-keys", "KEYS", "keys that detach and leave the container running (ctrl-p,ctrl-q)"
             ),
+            Option("--sig-proxy", "true|false", "pass signals on to the container (true)"),
             Option("--timings", "", "at the end, print how long the steps of the start took (to stderr)"),
         ],
         least=1,
@@ -684,9 +685,10 @@ def _run(arguments: Arguments) -> int:
         raise UsageError("-t needs a terminal, and standard input is none", "leave out -t")
     if arguments.value("restart") not in (None, "no") and (not detach or arguments.flag("rm")):
         raise UsageError("a container with --restart runs in the background, and stays", "-d, without --rm")
-    from kata.cli.pump import detach_keys
+    from kata.cli.pump import detach_keys, passes_signals
 
     keys = detach_keys(arguments.value("detach_keys"))
+    proxy = passes_signals(arguments.value("sig_proxy"))
     auto_remove = arguments.flag("rm")
     undo_when_told_to_end()
     container = make_container(arguments, auto_remove=auto_remove, detach=detach, made_to_run=True)
@@ -714,7 +716,13 @@ def _run(arguments: Arguments) -> int:
         return 0
     report = _print_timings if arguments.flag("timings") else None
     return session.run_attached(
-        container, started_ns=started_ns, stdin=interactive, detach_keys=keys, timings=report, discard=True
+        container,
+        started_ns=started_ns,
+        stdin=interactive,
+        detach_keys=keys,
+        proxy_signals=proxy,
+        timings=report,
+        discard=True,
     )
 
 

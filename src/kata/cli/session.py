@@ -529,6 +529,7 @@ def run_attached(
     started_ns: int | None = None,
     stdin: bool,
     detach_keys: bytes,
+    proxy_signals: bool = True,
     timings: Callable[[sandbox_pb.TimingsResponse], None] | None = None,
     discard: bool = False,
     started: Callable[[], None] | None = None,
@@ -540,6 +541,7 @@ def run_attached(
         started_ns: When the command began (nanoseconds of CLOCK_MONOTONIC), for the timings.
         stdin: Whether to forward standard input.
         detach_keys: Bytes that, typed on a terminal, detach and leave it running.
+        proxy_signals: Pass signals on to the container.
         timings: Called with the engine's record of the start.
         discard: Remove the container if it cannot be started.
         started: Called when it runs.
@@ -572,7 +574,7 @@ def run_attached(
             engine.release()
             raise
     try:
-        status = streams.copy(detach_keys=detach_keys)
+        status = streams.copy(detach_keys=detach_keys, proxy_signals=proxy_signals)
         if timings:
             timings(client.timings())
         cause = end_of(client, container)
