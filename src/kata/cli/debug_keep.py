@@ -226,6 +226,7 @@ RECORD: Mapping[str, Any] = {
     "auto_remove": VALUE, "made_to_run": VALUE, "stop_signal": VALUE, "labels": NAMES, "annotations": NAMES,
     "args": COUNT, "env": NAMES, "log": {"max_bytes": VALUE, "files": VALUE}, "stop_timeout": VALUE,
     "extra_hosts": COUNT, "dns_servers": COUNT, "dns_searches": COUNT, "dns_options": VALUE,
+    "expose": VALUE,
 }  # fmt: skip
 """Of ``container.json`` (`kata.cli.records`)."""
 

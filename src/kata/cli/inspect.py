@@ -228,7 +228,7 @@ def _as_docker(container: Container, state: dict[str, Any], spec: dict[str, Any]
             "Cmd": args,
             "Image": record["image"]["reference"],
             "WorkingDir": process.get("cwd") or "",
-            "ExposedPorts": {key: {} for key in bindings},
+            "ExposedPorts": {key: {} for key in (*bindings, *record.get("expose", ()))},
             "Labels": dict(sorted(record["labels"].items())),
             "StopSignal": record["stop_signal"],
             "StopTimeout": record.get("stop_timeout"),

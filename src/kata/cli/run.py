@@ -67,6 +67,13 @@ _MORE = [
         many=True,
     ),
     Option("--cidfile", "FILE", "write the container's id to a new file"),
+    Option("--expose", "PORT[/PROTO]", "a port that -P publishes besides those of the image", many=True),
+    Option(
+        "--log-opt",
+        "max-size=SIZE|max-file=N",
+        "when the log is rotated (10m), and how many files (3)",
+        many=True,
+    ),
     Option("-q --quiet", "", "show no progress when the image is fetched"),
 ]
 """Options that few containers are given: `kata.cli.run_options` reads them."""
@@ -642,7 +649,8 @@ class _Choice:
             return self.ports
         from kata.cli import run_options
 
-        exposed = run_options.exposed_ports(image.get("ExposedPorts") or {}, self.ports) if every else []
+        found = [*(image.get("ExposedPorts") or ()), *self._arguments.many("expose")]
+        exposed = run_options.exposed_ports(found, self.ports) if every else []
         return run_options.with_host_ports([*self.ports, *exposed])
 
     def add_volumes(self, destinations: list[str]) -> None:

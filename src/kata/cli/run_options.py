@@ -52,9 +52,11 @@ class RunOptions:
     __slots__ = (
         "_devices",
         "_dns",
+        "_expose",
         "_hosts",
         "_init",
         "_labels",
+        "_log",
         "_resources",
         "_restart",
         "_security",
@@ -70,6 +72,10 @@ class RunOptions:
     def __init__(self, arguments: Arguments) -> None:
         a = arguments
         self._labels = labels(a.many("label"), a.many("label_file"))
+        self._expose = [
+            f"{one['guest_port']}/{one['proto']}" for text in a.many("expose") for one in exposed(text)
+        ]
+        self._log = dict(map(log_option, a.many("log_opt")))
         self._ulimits = [ulimit(text) for text in a.many("ulimit")]
         self._sysctls = dict(map(sysctl, a.many("sysctl")))
         shm_size, stop_timeout, tz = a.value("shm_size"), a.value("stop_timeout"), a.value("tz")
@@ -113,11 +119,14 @@ class RunOptions:
         record["labels"] = {**record["labels"], **self._labels}
         if self._stop_timeout is not None:
             record["stop_timeout"] = self._stop_timeout
-        if self._restart is not None:
-            record["restart"] = self._restart
-        record.update({key: asked for key, asked in self._dns.items() if asked})
-        if self._hosts:
-            record["extra_hosts"] = self._hosts
+        further = {
+            "expose": self._expose,
+            "log": self._log and {**record["log"], **self._log},
+            "restart": self._restart,
+            **self._dns,
+            "extra_hosts": self._hosts,
+        }
+        record.update({key: asked for key, asked in further.items() if asked})
         process, linux = spec["process"], spec["linux"]
         if self._init:
             process["args"] = [_INIT, "--", *process["args"]]
@@ -212,6 +221,23 @@ def ulimit(text: str) -> dict[str, Any]:
     if soft > hard:
         raise UsageError(f"--ulimit {text!r}: the soft limit is above the hard one", hint)
     return {"type": f"RLIMIT_{name.upper()}", "soft": soft, "hard": hard}
+
+
+def log_option(text: str) -> tuple[str, int]:
+    """Parse a ``--log-opt`` to an entry of the record's ``log``."""
+    name, _, value = text.partition("=")
+    if name == "max-size":
+        return "max_bytes", values.size(value, "--log-opt max-size")
+    if name == "max-file":
+        return "files", values.whole(value, "--log-opt max-file", least=1)
+    raise UsageError(f"--log-opt {text!r} is not offered", "max-size=10m and max-file=3 are")
+
+
+def exposed(text: str) -> list[dict[str, Any]]:
+    """Parse an ``--expose``, as `values.port` returns it."""
+    if ":" in text:
+        raise UsageError(f"--expose {text!r} is about a port of the container alone", "-p HOST:GUEST")
+    return values.port(text)
 
 
 def sysctl(text: str) -> tuple[str, str]:
