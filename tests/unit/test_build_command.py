@@ -188,3 +188,23 @@ def test_told_to_end_it_ends_all_of_the_builder(
                     os.kill(int(seen.read_text()), signal.SIGKILL)
                 except ProcessLookupError:
                     pass
+
+
+def test_prune_removes_what_is_kept_for_the_next_build(
+    state: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # the builder is gone
+    layer = state / "build/storage/overlay/layer"
+    for words in (["prune", "build", "-f"], ["prune", "-a", "-f"], ["builder", "prune", "--force"]):
+        layer.mkdir(parents=True)
+        (layer / "content").write_bytes(bytes(100_000))
+        assert main.main(["prune", "-f"]) == 0
+        assert main.main(["prune", "-a", "-f", "--filter", "until=1h"]) == 0
+        assert layer.exists()  # neither is about builds
+        capsys.readouterr()
+        assert main.main(words) == 0
+        assert not (state / "build/storage").exists()
+        assert " 0B" not in capsys.readouterr().out
+    assert main.main(["prune", "build", "-f"]) == 0
+    assert capsys.readouterr().out == "Total reclaimed space: 0B\n"
+    assert main.main(["prune", "build", "-f", "--filter", "until=1h"]) == 125

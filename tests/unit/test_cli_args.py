@@ -233,7 +233,7 @@ def test_detach_keys() -> None:
         (["stop"], "too few arguments"),
         (["image", "build", "/nowhere"], "'/nowhere' is no directory"),
         (["stop", "-f", "x"], "kata stop: unknown option -f"),
-        (["prune", "networks"], "one of container, image, system"),
+        (["prune", "networks"], "one of container, image, build, system"),
         (["run", "--nmae", "x", "y"], "did you mean --name?"),
         (["unpuase", "x"], "unknown command 'unpuase'"),
     ],

@@ -135,6 +135,12 @@ def test_images(monkeypatch: pytest.MonkeyPatch) -> None:
         kept("dangling=maybe")
 
 
+def test_what_says_no_date_is_not_older() -> None:
+    assert filters.is_older("2026-01-01T00:00:00Z", 1767225601)
+    assert not filters.is_older("2026-01-01T00:00:00Z", 1767225600)
+    assert not filters.is_older("", 1767225600)
+
+
 def test_moments() -> None:
     assert filters.moment("1700000000.5", "--since") == 1700000000.5
     assert filters.moment("2026-01-01T00:00:00Z", "--since") == 1767225600

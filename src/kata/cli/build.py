@@ -68,7 +68,7 @@ COMMANDS = {
         notes="CONTEXT is a directory, a URL that the builder fetches, or '-' for none: then the Dockerfile is on\n"
         "standard input. buildah or podman has to be installed (apt-get install buildah), and root has to call it.\n"
         "FROM takes images of registries; they and the steps that are kept for the next build are in\n"
-        "$KATA_STATE_DIR/build, which may be removed. One build runs at a time.",
+        "$KATA_STATE_DIR/build; 'kata prune build' removes them. One build runs at a time.",
     )
 }
 
@@ -93,7 +93,7 @@ def builder() -> str:
 
 
 _REMOVE = "remove what an earlier build has left"
-_REMOVE_HINT = "rm -r $KATA_STATE_DIR/build, with all steps that are kept there"
+_REMOVE_HINT = "kata prune build, with all steps that are kept"
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
@@ -330,6 +330,32 @@ def _built(program: str, arguments: Arguments, context: str) -> Image:
             _clear_quietly(build)
         [image] = manage.load_file(archive, quiet=True)
         return image
+
+
+def remove_kept() -> int:
+    """Remove what is kept for the next build (`kata prune build`), after a build that is at work.
+
+    Returns:
+        How many bytes that took on the disk.
+
+    Raises:
+        HostError: It cannot be removed.
+    """
+    from kata.cli import on_disk
+
+    storage = os.path.join(_directory(), "storage")
+    if not os.path.isdir(storage):
+        return 0
+    work = os.path.join(_directory(), "work")
+    with records.DirectoryLock(_directory(), mode=0o700), _made_anew(work):
+        with suppress(HostError):  # without a builder nothing of one is at work
+            _clear_quietly(_Build(builder(), work))
+        size = on_disk.taken(on_disk.files_below(storage))
+        try:
+            shutil.rmtree(storage)
+        except OSError as error:
+            raise HostError(f"cannot remove {error.filename}: {error.strerror}", "kata df") from error
+    return size
 
 
 def _keep_stdin(path: str) -> None:

@@ -197,12 +197,18 @@ def images(found: list[Image], texts: Sequence[str]) -> list[Image]:
         kept = [image for image in kept if image.created > created]
     for value in wanted.get("until", ()):
         limit = moment(value, "--filter until")
-        kept = [image for image in kept if (table.seconds_of(image.created) or 0.0) < limit]
+        kept = [image for image in kept if is_older(image.created, limit)]
     if patterns := wanted.get("reference"):
         kept = [
             image for image in kept if any(_matches(name, text) for name in image.names for text in patterns)
         ]
     return kept
+
+
+def is_older(created: str, limit: float) -> bool:
+    """Whether something was made before a time (Unix); what does not say when it was made was not, as in Docker."""
+    seconds = table.seconds_of(created)
+    return seconds is not None and seconds < limit
 
 
 def _matches(name: str, pattern: str) -> bool:

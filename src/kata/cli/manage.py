@@ -67,16 +67,21 @@ COMMANDS = {
     ),
     "prune": Command(
         "prune",
-        "[container|image|system]",
+        "[container|image|build|system]",
         "Removes what is not used: containers that do not run, images without a name.",
         [
             Option("-f --force", "", "do not ask"),
-            Option("-a --all", "", "also images that have a name and that no container uses"),
+            Option(
+                "-a --all",
+                "",
+                "also images that have a name and that no container uses; of 'system' also what 'build' is",
+            ),
             Option("--filter", "label=KEY[=VALUE]|until=TIME", "only those that agree", many=True),
         ],
         most=1,
-        notes="Without a kind, or with 'system', it is containers and images. What crashes have left behind is\n"
-        "removed by 'kata gc'.",
+        notes="Without a kind, or with 'system', it is containers and images. 'build' is what 'kata build' keeps\n"
+        "for the next build: base images and steps, all of them, so --filter leaves it alone. What crashes have\n"
+        "left behind is removed by 'kata gc'.",
     ),
 }
 
@@ -357,13 +362,14 @@ _WARNINGS = {
     "container": "all stopped containers",
     "image": "all dangling images",
     "images": "all images without at least one container associated to them",
+    "build": "all build cache",
 }
 
 
 def _prune(arguments: Arguments) -> int:
     kind = arguments.rest[0] if arguments.rest else "system"
     if kind not in _KINDS:
-        raise UsageError(f"there is no kind {kind!r}", "one of container, image, system")
+        raise UsageError(f"there is no kind {kind!r}", "one of " + ", ".join(_KINDS))
     everything = arguments.flag("all")
     if everything and kind == "container":
         raise UsageError("--all is about images", "leave it out")
@@ -372,10 +378,14 @@ def _prune(arguments: Arguments) -> int:
     wanted = filters.parse(arguments.many("filter"), ("label", "until"))
     limit = min((filters.moment(text, "--filter until") for text in wanted.get("until", ())), default=None)
     both = kind == "system"
+    if kind == "build" and wanted:
+        raise UsageError("--filter is about containers and images", "leave it out")
+    builds = kind == "build" or (both and everything and not wanted)
     if not arguments.flag("force") and not agreed(
         [
-            *([_WARNINGS["container"]] if kind != "image" else []),
-            *([_WARNINGS["images" if everything else "image"]] if kind != "container" else []),
+            *([_WARNINGS["container"]] if kind == "container" or both else []),
+            *([_WARNINGS["images" if everything else "image"]] if kind == "image" or both else []),
+            *([_WARNINGS["build"]] if builds else []),
         ]
     ):
         return 0
@@ -390,6 +400,10 @@ def _prune(arguments: Arguments) -> int:
         show_gone("Images", gone)
         freed += size
         failures += more
+    if builds:
+        from kata.cli import build
+
+        freed += build.remove_kept()
     print(f"Total reclaimed space: {table.human_size(freed)}")
     sys.stdout.flush()
     from kata.cli.report import raise_failures
@@ -422,10 +436,6 @@ def show_gone(what: str, gone: list[str]) -> None:
         print("\n".join([f"Deleted {what}:", *gone, ""]))
 
 
-def _is_older(created: str, limit: float | None) -> bool:
-    return limit is None or (table.seconds_of(created) or 0.0) < limit
-
-
 def _prune_containers(labels: list[str], limit: float | None) -> tuple[list[str], int, list[KataError]]:
     from kata.cli import filters, on_disk
     from kata.cli.ending import wait_for_engine
@@ -436,7 +446,9 @@ def _prune_containers(labels: list[str], limit: float | None) -> tuple[list[str]
         record = container.record
         if container.state()["status"] not in (records.CREATED, records.EXITED):
             continue
-        if not filters.has_labels(record["labels"], labels) or not _is_older(record["created_at"], limit):
+        if not filters.has_labels(record["labels"], labels):
+            continue
+        if limit is not None and not filters.is_older(record["created_at"], limit):
             continue
         if record.get("made_to_run") and container.state()["status"] == records.CREATED:
             continue  # a `kata run` is about to start it; kata gc knows whether that is dead
@@ -467,9 +479,9 @@ def _prune_images(
     for image in store.list_images():
         if image.id in in_use or (image.names and not everything):
             continue
-        if not filters.has_labels(image.config.get("Labels") or {}, labels) or not _is_older(
-            image.created, limit
-        ):
+        if not filters.has_labels(image.config.get("Labels") or {}, labels):
+            continue
+        if limit is not None and not filters.is_older(image.created, limit):
             continue
         try:
             lines = changes.remove(image.id, True, in_use)
