@@ -11,6 +11,7 @@ import pytest
 from image_support import docker_save, layer, member
 from test_cli_manage import said, state
 
+from kata import __version__
 from kata.cli import image as image_command
 from kata.cli import inspect_members, lifecycle, records, top, usage
 from kata.oci import capabilities
@@ -140,6 +141,7 @@ def test_stats_has_dockers_fields() -> None:
     # A pod's network and overhead are told once.
     assert (further["NetIO"], further["Overhead"], further["MemUsage"]) == ("-", "-", first["MemUsage"])
     assert usage._fields({**row, "memory_limit_bytes": 0}, is_first=True)["MemPerc"] == "0.00%"
+    assert usage._fields(row, is_first=True, digits=None)["ID"] == row["id"]
 
 
 def test_columns_of_processes(
@@ -183,6 +185,36 @@ def test_swap_of_update_is_its_memory(image: None, capsys: pytest.CaptureFixture
         assert told in said(capsys, "update", *swap, name, status=125)
         assert told in said(capsys, "create", *swap, "bb", "true", status=125)
     assert said(capsys, "update", "-m", "256m", "--memory-swap", "-1", name) == f"{name}\n"
+
+
+def test_update_leaves_what_is_zero_as_it_is(image: None, capsys: pytest.CaptureFixture[str]) -> None:
+    name = create(capsys, "-m", "128m", "--cpus", "0.5")["Id"]
+    assert said(capsys, "update", "-m", "0", "--cpus", "0", "--memory-swap", "0", name) == f"{name}\n"
+    limits = ("inspect", "-f", "{{.HostConfig.Memory}} {{.HostConfig.NanoCpus}}", name)
+    assert said(capsys, *limits) == f"{128 << 20} 500000000\n"
+    said(capsys, "update", "-m", "0", "--cpus", "0.25", name)
+    assert said(capsys, *limits) == f"{128 << 20} 250000000\n"
+    assert "no limit to change" in said(capsys, "update", name, status=125)
+
+
+def test_tables_of_lists_are_the_default_ones(image: None, capsys: pytest.CaptureFixture[str]) -> None:
+    create(capsys, "--name", "box")
+    for command, headings in (
+        (["ps", "-a"], "CONTAINER ID IMAGE COMMAND CREATED STATUS PORTS NAMES"),
+        (["ps", "-a", "-s"], "CONTAINER ID IMAGE COMMAND CREATED STATUS PORTS NAMES SIZE"),
+        (["images"], "REPOSITORY TAG IMAGE ID CREATED SIZE"),
+        (["images", "--digests"], "REPOSITORY TAG DIGEST IMAGE ID CREATED SIZE"),
+        (["network", "ls"], "NETWORK ID NAME DRIVER SCOPE"),
+        (["volume", "ls"], "DRIVER VOLUME NAME"),
+        (["history", "bb"], "IMAGE CREATED CREATED BY SIZE COMMENT"),
+    ):
+        plain = said(capsys, *command)
+        assert " ".join(plain.splitlines()[0].split()) == headings
+        assert said(capsys, *command, "--format", "table") == said(capsys, *command, "--format", "") == plain
+    assert "no field Nosuch" in said(capsys, "network", "ls", "--format", "{{.Nosuch}}", status=125)
+    whole = said(capsys, "info")
+    assert said(capsys, "info", "-f", "").splitlines()[:5] == whole.splitlines()[:5]
+    assert json.loads(said(capsys, "inspect", "-f", "", "box"))[0]["Name"] == "/box"
 
 
 @pytest.mark.parametrize(
@@ -274,3 +306,28 @@ def test_the_users_of_images_are_looked_for_once(
     assert asked == [1]
     said(capsys, "images")
     assert asked == [1]  # and only if they are to be shown
+
+
+def test_the_log_and_exposed_ports_are_the_users(image: None, capsys: pytest.CaptureFixture[str]) -> None:
+    log = ("--log-opt", "max-size=2m", "--log-opt", "max-file=5")
+    found = create(capsys, "--name", "web", *log, "--expose", "8080-8081/udp", "-p", "9")
+    assert found["HostConfig"]["LogConfig"]["Config"] == {"max-size": "2097152", "max-file": "5"}
+    assert sorted(found["Config"]["ExposedPorts"]) == ["8080/udp", "8081/udp", "9/tcp"]
+    assert [port["guest_port"] for port in records.find("web").record["ports"]] == [9]
+    create(capsys, "--name", "all", "--expose", "8080/udp", "-P")
+    [port] = records.find("all").record["ports"]
+    assert (port["guest_port"], port["proto"]) == (8080, "udp")
+    assert port["host_port"]
+    for words, told in (
+        (["--log-opt", "mode=blocking"], "max-size=10m and max-file=3"),
+        (["--log-opt", "max-file=0"], "at least 1"),
+        (["--expose", "80:80"], "-p HOST:GUEST"),
+    ):
+        assert told in said(capsys, "create", *words, "bb", "true", status=125)
+
+
+def test_version_by_a_template(image: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert said(capsys, "version", "-f", "{{.Client.Version}} {{.Server.Os}}") == f"{__version__} linux\n"
+    whole = json.loads(said(capsys, "version", "--format", "json"))
+    assert {one["Name"] for one in whole["Server"]["Components"]} >= {"kata", "qemu", "guest kernel"}
+    assert "no field Nosuch" in said(capsys, "version", "-f", "{{.Nosuch}}", status=125)

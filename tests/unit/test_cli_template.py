@@ -107,3 +107,19 @@ def test_rows(capsys: pytest.CaptureFixture[str]) -> None:
     assert printed("json") == '{"ID":"a1","Names":"web"}\n{"ID":"b22","Names":"db"}\n'
     assert printed("table {{.Names}}\\t{{.ID}}") == "NAMES   CONTAINER ID\nweb     a1\ndb      b22\n"
     assert printed("table").splitlines()[0].split() == ["CONTAINER", "ID", "NAMES"]
+    show_rows("table", rows, headings, ["Names"])
+    assert capsys.readouterr().out == printed("table {{.Names}}") == "NAMES\nweb\ndb\n"
+    assert printed("") == printed("table")
+
+
+@pytest.mark.parametrize("form", ["table {{.Nosuch}}", "{{.Nosuch}}", "{{.ID}} {{json .Nosuch}}"])
+def test_a_field_that_is_not_there_is_refused_also_without_rows(form: str) -> None:
+    with pytest.raises(UsageError, match=r"no field Nosuch.*ID, Label"):
+        show_rows(form, [], {"ID": "CONTAINER ID"}, further=["Label"])
+
+
+def test_fields_without_a_heading_and_variables_are_no_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    show_rows(
+        'table {{.ID}}{{$x := .ID}}{{$x}}{{.Label "a"}}{{json .}}', [], {"ID": "ID"}, further=["Label"]
+    )
+    assert capsys.readouterr().out.startswith("ID")

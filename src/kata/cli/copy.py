@@ -49,6 +49,7 @@ COMMANDS = {
         [
             Option("-a --archive", "", "keep owners (uid and gid)"),
             Option("-L --follow-link", "", "if SRC is a symbolic link, copy its target"),
+            Option("-q --quiet", "", "accepted; no progress is shown"),
         ],
         least=2,
         most=2,

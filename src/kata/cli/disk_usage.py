@@ -72,11 +72,7 @@ def _df(arguments: Arguments) -> int:
         ),
         _row("Build Cache", {built: on_disk.files_below(built)} if os.path.isdir(built) else {}, set()),
     ]
-    show_rows(
-        arguments.value("format") or "table",
-        rows,
-        _FIELDS,
-    )
+    show_rows(arguments.value("format") or "", rows, _FIELDS)
     return 0
 
 

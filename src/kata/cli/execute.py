@@ -28,7 +28,7 @@ COMMANDS = {
         "CONTAINER COMMAND [ARG...]",
         "Runs a further command in a running container.",
         [
-            Option("-i --interactive", "", "connect standard input"),
+            Option("-i --interactive", "", "connect standard input; with -d, as in Docker, it stays empty"),
             Option("-t --tty", "", "give the command a terminal"),
             Option("-d --detach", "", "return at once"),
             Option(

@@ -57,7 +57,11 @@ COMMANDS = {
         least=1,
         most=1,
     ),
-    "version": Command("version", "", "Shows the versions of kata, its hypervisor and its guest.", [_JSON], most=0),
+    "version": Command(
+        "version", "", "Shows the versions of kata, its hypervisor and its guest.",
+        [Option("-f --format", "TEMPLATE|json", "print what a Go template picks: '{{.Server.Version}}'"), _JSON],
+        most=0, exclusive=(("format", "json"),),
+    ),
 }  # fmt: skip
 
 
@@ -646,9 +650,28 @@ def versions() -> dict[str, str]:
     return found
 
 
+def _as_docker(found: dict[str, str]) -> dict[str, Any]:
+    """The versions by Docker's names. There is no daemon: client and server are one program."""
+    from kata.images import platform
+
+    own = {"Version": __version__, "Os": "linux", "Arch": platform.host().arch}
+    parts = [{"Name": name, "Version": version} for name, version in found.items()]
+    return {
+        "Client": {**own, "Context": "default"},
+        "Server": {**own, "KernelVersion": os.uname().release, "Components": parts},
+    }
+
+
 def _version(arguments: Arguments) -> int:
     found = versions()
-    if arguments.flag("json"):
+    form = arguments.value("format")
+    if form == "json":
+        table.show_json_line(_as_docker(found))
+    elif form:
+        from kata.cli.template import Template, emit
+
+        emit(Template(form).render(_as_docker(found)))
+    elif arguments.flag("json"):
         table.show_json(found)
     else:
         _show_tree(found, "")

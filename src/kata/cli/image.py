@@ -34,8 +34,8 @@ _FIELDS = {
     "VirtualSize": "VIRTUAL SIZE",
 }
 """The fields of --format, with the headings of its tables."""
-_REST = "\t{{.ID}}\t{{.CreatedSince}}\t{{.Size}}"
-"""The columns of the table behind those for the name."""
+_COLUMNS = ("Repository", "Tag", "ID", "CreatedSince", "Size")
+_COLUMNS_WITH_DIGESTS = ("Repository", "Tag", "Digest", *_COLUMNS[2:])
 _NOTES = f"""\
 filters: before, dangling, label, reference (a pattern), since, until
 fields of --format: {" ".join(_FIELDS)}
@@ -128,9 +128,9 @@ def _images(arguments: Arguments) -> int:
     from kata.cli.template import show_rows
 
     in_use = cache(users)
-    digest = "\t{{.Digest}}" if arguments.flag("digests") else ""
-    form = arguments.value("format") or f"table {{{{.Repository}}}}\t{{{{.Tag}}}}{digest}{_REST}"
-    show_rows(form, [row for image in images for row in _fields(image, shorten, in_use)], _FIELDS)
+    columns = _COLUMNS_WITH_DIGESTS if arguments.flag("digests") else _COLUMNS
+    rows = [row for image in images for row in _fields(image, shorten, in_use)]
+    show_rows(arguments.value("format") or "", rows, _FIELDS, columns)
     return 0
 
 

@@ -38,6 +38,7 @@ _PS_FIELDS = {
     "Size": "SIZE",
 }
 """The fields of --format, with the headings of its tables."""
+_PS_COLUMNS = ("ID", "Image", "Command", "RunningFor", "Status", "Ports", "Names")
 _PS_NOTES = f"""\
 filters: ancestor, before, exited, id, label, name (a regular expression), network, publish, since, status, volume
 fields of --format: {" ".join(_PS_FIELDS)}, and Label "KEY"
@@ -59,6 +60,7 @@ COMMANDS = {
             ),
             Option("-n --last", "N", "the last N that were made, in any state"),
             Option("-l --latest", "", "the last one that was made, in any state"),
+            Option("-s --size", "", "what the writable layer takes on the disk, too"),
             _JSON,
         ],
         most=0,
@@ -80,6 +82,7 @@ COMMANDS = {
                 "--since", "TIME", "only what was written since: RFC 3339, Unix time, or how long ago (10m)"
             ),
             Option("--until", "TIME", "only what was written before"),
+            Option("--details", "", "accepted; a line has no further attributes"),
             Option("--json", "", "print the records as JSON, one a line"),
         ],
         most=1,
@@ -96,6 +99,7 @@ COMMANDS = {
         [
             Option("--no-stream", "", "only once; the default when standard output is not a terminal"),
             Option("--interval", "SECONDS", "time between two readings (1)"),
+            Option("--no-trunc", "", "whole ids"),
             Option(
                 "--format", "TEMPLATE", "print a line for each by a Go template, 'table TEMPLATE' or json"
             ),
@@ -162,27 +166,15 @@ def _ps(arguments: Arguments) -> int:
         for container, _ in listed:
             print(container.id if full else container.id[:12])
         return 0
-    form = arguments.value("format")
-    if form is not None:
-        from kata.cli.template import show_rows
-
-        show_rows(form, [_fields(container, state, full) for container, state in listed], _PS_FIELDS)
+    rows = [_fields(container, state, full) for container, state in listed]
+    columns = (*_PS_COLUMNS, "Size") if arguments.flag("size") else _PS_COLUMNS
+    form = arguments.value("format") or ""
+    if not form:
+        table.show_fields(columns, _PS_FIELDS, rows)
         return 0
-    rows = []
-    for container, state in listed:
-        record = container.record
-        rows.append(
-            [
-                container.id if full else container.id[:12],
-                record["image"]["reference"],
-                f'"{_command(record["args"], full)}"',
-                f"{table.age(record['created_at'])} ago",
-                status_text(container, state),
-                ", ".join(map(port_text, record["ports"])),
-                container.name,
-            ]
-        )
-    table.show(["CONTAINER ID", "IMAGE", "COMMAND", "CREATED", "STATUS", "PORTS", "NAMES"], rows)
+    from kata.cli.template import show_rows
+
+    show_rows(form, rows, _PS_FIELDS, columns, further=("Label",))
     return 0
 
 
@@ -534,6 +526,7 @@ def _stats(arguments: Arguments) -> int:
         stream=stream,
         as_json=arguments.flag("json"),
         form=arguments.value("format"),
+        digits=None if arguments.flag("no_trunc") else 12,
     )
 
 

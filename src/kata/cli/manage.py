@@ -27,7 +27,7 @@ _HISTORY_FIELDS = {
     "Size": "SIZE",
     "Comment": "COMMENT",
 }
-_KINDS = ("container", "image", "system")
+_KINDS = ("container", "image", "build", "system")
 COMMANDS = {
     "rename": Command("rename", "CONTAINER NAME", "Gives a container another name.", least=2, most=2),
     "tag": Command("tag", "IMAGE NAME[:TAG]", "Gives an image a further name.", least=2, most=2),
@@ -166,7 +166,7 @@ def _history(arguments: Arguments) -> int:
         form = "{{.ID}}"
     from kata.cli.template import show_rows
 
-    show_rows(form or "table", rows, _HISTORY_FIELDS)
+    show_rows(form or "", rows, _HISTORY_FIELDS, further=("CreatedAt",))
     return 0
 
 
@@ -307,7 +307,7 @@ def _info(arguments: Arguments) -> int:
         import json
 
         print(json.dumps(facts, separators=(",", ":")))
-    elif form is not None:
+    elif form:
         from kata.cli.template import Template, emit
 
         emit(Template(form).render(facts))

@@ -240,8 +240,7 @@ def _ls(arguments: Arguments) -> int:
         }
         for one in found
     ]
-    default = "table {{.ID}}\t{{.Name}}\t{{.Driver}}\t{{.Scope}}"
-    show_rows(arguments.value("format") or default, rows, _FIELDS)
+    show_rows(arguments.value("format") or "", rows, _FIELDS, ("ID", "Name", "Driver", "Scope"))
     return 0
 
 

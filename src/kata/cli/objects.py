@@ -127,7 +127,7 @@ def inspect(
 
     Args:
         names: As the user wrote them.
-        form: A Go template, ``json`` for one line, None for an indented list.
+        form: A Go template, ``json`` for one line, None or an empty one for an indented list.
         describe: Says what is known of one.
         free: Marks in that the objects whose keys are the user's (`template.FreeKeys`).
 
@@ -137,7 +137,7 @@ def inspect(
     from kata.cli import table
     from kata.cli.template import Template, emit
 
-    template = None if form in (None, "json") else Template(str(form))
+    template = Template(form) if form and form != "json" else None
     found: list[Object] = []
     failures: list[KataError] = []
     for name in names:

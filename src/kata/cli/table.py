@@ -25,6 +25,23 @@ def show(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         sys.stdout.write(line.rstrip() + "\n")
 
 
+def show_fields(
+    columns: Sequence[str], headings: Mapping[str, str], rows: Sequence[Mapping[str, Any]]
+) -> None:
+    """Print a table of some of the fields of rows.
+
+    Args:
+        columns: The fields, from left to right.
+        headings: Field -> its heading.
+        rows: Field -> text, or a function without arguments that returns it.
+    """
+
+    def cell(value: Any) -> str:
+        return str(value() if callable(value) else value)
+
+    show([headings[name] for name in columns], [[cell(row[name]) for name in columns] for row in rows])
+
+
 def show_json(content: Any) -> None:
     """Print JSON to stdout, indented, keys in the order given."""
     import json

@@ -19,7 +19,7 @@ from kata.errors import UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import Any
 
 _ACTION = re.compile(r"\{\{(-\s)?(.*?)(\s-)?\}\}", re.DOTALL)
@@ -84,6 +84,22 @@ class Template:
                 paths = [value for kind, value in node.tokens if kind == "path"]
                 found.append(paths[0].lstrip("$.").partition(".")[0] if paths else "")
         return found
+
+    def check_fields(self, known: Sequence[str]) -> None:
+        """Refuse a template that prints a field which is not known, before there is anything to apply it to.
+
+        Args:
+            known: The fields that there are.
+
+        Raises:
+            UsageError: It prints another one.
+        """
+        for node in self._nodes:
+            paths = [word for kind, word in node.tokens if kind == "path"] if node.kind == "print" else []
+            for path in paths:
+                field = path[1:].partition(".")[0] if path[0] == "." else ""
+                if field and field not in known:
+                    raise self._error(f"there is no field {field} in {path}; there are {', '.join(known)}")
 
     def heading(self, names: dict[str, str]) -> str:
         """The line of headings of a table: each action that prints is its field's heading.
@@ -437,28 +453,35 @@ class Rows:
 
     Args:
         form: ``json``, ``table``, ``table TEMPLATE`` or a template; backslash-t and -n in it are a tab and a newline.
+            Empty, which scripts give, is the same as ``table``.
         headings: Field -> its heading in a table. ``json`` has these fields.
+        columns: The fields of the table without a template; all if empty.
+        further: Fields that rows have besides those with a heading.
 
     Raises:
-        UsageError: The template is malformed.
+        UsageError: The template is malformed, or prints a field that rows do not have: also where there is no row.
     """
 
-    def __init__(self, form: str, headings: dict[str, str]) -> None:
+    def __init__(
+        self, form: str, headings: dict[str, str], columns: Sequence[str] = (), further: Sequence[str] = ()
+    ) -> None:
         self._headings = headings
+        self._columns = (columns or list(headings)) if form in ("", "table") else ()
         text = form.replace("\\t", "\t").replace("\\n", "\n")
-        self._is_table = text == "table" or text.startswith("table ")
-        if text == "table":
-            text = "\t".join(f"{{{{.{field}}}}}" for field in headings)
-        self._template = (
-            None
-            if form == "json"
-            else Template(text.removeprefix("table ").lstrip() if self._is_table else text)
-        )
+        self._is_table = text.startswith("table ")
+        if self._is_table:
+            text = text.removeprefix("table ").lstrip()
+        self._template = None if form == "json" or self._columns else Template(text)
+        if self._template is not None:
+            self._template.check_fields([*headings, *further])
 
     def show(self, rows: list[dict[str, Any]]) -> None:
         """Print rows: the fields of each; functions without arguments are called where they are asked for."""
         from kata.cli import table
 
+        if self._columns:
+            table.show_fields(self._columns, self._headings, rows)
+            return
         template = self._template
         if template is None:
             for row in rows:
@@ -475,6 +498,12 @@ class Rows:
         table.show(head + [""] * (width - len(head)), [row + [""] * (width - len(row)) for row in cells])
 
 
-def show_rows(form: str, rows: list[dict[str, Any]], headings: dict[str, str]) -> None:
+def show_rows(
+    form: str,
+    rows: list[dict[str, Any]],
+    headings: dict[str, str],
+    columns: Sequence[str] = (),
+    further: Sequence[str] = (),
+) -> None:
     """Print rows once; see `Rows`."""
-    Rows(form, headings).show(rows)
+    Rows(form, headings, columns, further).show(rows)

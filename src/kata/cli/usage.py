@@ -29,6 +29,8 @@ FIELDS = {
     "Container": "CONTAINER",
 }
 """The fields of --format with their headings: Docker's, and what the machine takes and has given back."""
+_COLUMNS = tuple(FIELDS)[:-1]
+"""Those of the table."""
 
 
 def _rows(sandbox: Row) -> list[dict[str, Any]]:
@@ -64,7 +66,7 @@ def _whole(value: object) -> int:
     return int(live.number(value) or 0)
 
 
-def _fields(row: dict[str, Any], *, is_first: bool) -> dict[str, Any]:
+def _fields(row: dict[str, Any], *, is_first: bool, digits: int | None = 12) -> dict[str, Any]:
     size = table.human_size
     limit = row["memory_limit_bytes"]
     of_sandbox = {
@@ -73,19 +75,27 @@ def _fields(row: dict[str, Any], *, is_first: bool) -> dict[str, Any]:
         "GivenBack": size(row["memory_returned_bytes"]),
     }
     return {
-        "ID": row["id"][:12],
+        "ID": row["id"][:digits],
         "Name": live.clean(row["name"], 64) or "-",
         "CPUPerc": f"{row['cpu_percent']:.2f}%",
         "MemUsage": f"{size(row['memory_bytes'])} / {size(limit)}",
         "MemPerc": f"{100 * row['memory_bytes'] / limit if limit else 0:.2f}%",
         "BlockIO": f"{size(row['block_read_bytes'])} / {size(row['block_written_bytes'])}",
         "PIDs": str(row["pids"]),
-        "Container": row["id"][:12],
+        "Container": row["id"][:digits],
         **(of_sandbox if is_first else dict.fromkeys(of_sandbox, "-")),
     }
 
 
-def show(chosen: list[str], *, seconds: float, stream: bool, as_json: bool, form: str | None = None) -> int:
+def show(
+    chosen: list[str],
+    *,
+    seconds: float,
+    stream: bool,
+    as_json: bool,
+    form: str | None = None,
+    digits: int | None = 12,
+) -> int:
     """Print the table or JSON, once or every *seconds* until interrupted.
 
     Args:
@@ -94,15 +104,16 @@ def show(chosen: list[str], *, seconds: float, stream: bool, as_json: bool, form
         stream: Whether to continue until interrupted.
         as_json: Whether to print JSON.
         form: What to print instead, as `template.Rows` has it.
+        digits: How much of an id to show; None for all.
 
     Returns:
         The exit status: 125 if one of *chosen* has not answered, which is told on stderr.
     """
     rows = None
-    if form is not None:
+    if form:
         from kata.cli.template import Rows
 
-        rows = Rows(form, FIELDS)  # a mistake in it is told before the readings
+        rows = Rows(form, FIELDS, _COLUMNS)  # a mistake in it is told before the readings
     sampler = live.Sampler(list_directories=lambda: chosen or list(sandboxes.settings_by_directory()))
     sampler.sample()
     warned: set[str] = set()
@@ -124,15 +135,14 @@ def show(chosen: list[str], *, seconds: float, stream: bool, as_json: bool, form
             if stream:
                 sys.stdout.write("\x1b[H\x1b[J")
             fields = [
-                _fields(row, is_first=not index) for of_one in answered for index, row in enumerate(of_one)
+                _fields(row, is_first=not index, digits=digits)
+                for of_one in answered
+                for index, row in enumerate(of_one)
             ]
             if rows is not None:
                 rows.show(fields)
             else:
-                shown = list(FIELDS)[:-1]
-                table.show(
-                    [FIELDS[name] for name in shown], [[row[name] for name in shown] for row in fields]
-                )
+                table.show_fields(_COLUMNS, FIELDS, fields)
             sys.stdout.flush()
         if not stream:
             return 125 if chosen and warned else 0

@@ -172,7 +172,7 @@ def _ls(arguments: Arguments) -> int:
         }
         for one in found
     ]
-    show_rows(arguments.value("format") or "table {{.Driver}}\t{{.Name}}", rows, _FIELDS)
+    show_rows(arguments.value("format") or "", rows, _FIELDS, ("Driver", "Name"))
     return 0
 
 

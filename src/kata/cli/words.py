@@ -23,6 +23,7 @@ GROUPS = {
         "exists": "exists --type image",
     },
     "system": {"prune": "prune system"},
+    "builder": {"prune": "prune build"},
 }
 """Groups of commands -> those in them that are called otherwise here; the others are commands of the same name."""
 
@@ -47,7 +48,7 @@ COMMANDS = {
     "mount": "kata cp NAME:PATH DEST copies files out",
     "umount": "kata cp NAME:PATH DEST copies files out",
     "checkpoint": "kata pause NAME freezes a container while the machine is up",
-    "builder": "kata build, or docker build and kata run docker-archive:FILE",
+    "builder": "kata build, and kata prune build; or docker build and kata run docker-archive:FILE",
     "init": "the command is PID 1 of the container: put tini or dumb-init into the image if it has to reap",
     "machine": "each container has a machine of its own; kata explain NAME shows its size",
     "node": "kata is a runtime; clusters are Kubernetes': docs/kubernetes.md",
@@ -88,7 +89,6 @@ OPTIONS: dict[str, dict[str, str]] = {
         "--volumes-from": "give both containers the same -v SRC:DST",
         "--device-cgroup-rule": "--device HOST:CONTAINER:rwm",
         "--gpus": "kata run cannot pass devices of the host into a container",
-        "--expose": "-p HOST:GUEST; nothing has to be exposed first",
         "--mac-address": "the machine's address is its own",
         "--link": "kata network create NAME, and --network NAME with both containers",
         "--pid --ipc": "containers share no namespaces across machines",
@@ -98,9 +98,8 @@ OPTIONS: dict[str, dict[str, str]] = {
         "--cgroup-parent": "leave it out; kata config show has what is set for the sandbox's cgroup",
         "--domainname": "-h NAME.DOMAIN",
         "--runtime": "the runtime is kata; kata config show has its configuration",
-        "--log-driver --log-opt": "kata logs; the log is rotated, 3 files of 10 MiB",
+        "--log-driver": "kata logs; --log-opt max-size=SIZE says when the log is rotated",
         "--secret": "-v FILE:/run/secrets/NAME:ro",
-        "--sig-proxy": "signals are always passed on: leave it out",
         "--pod": "pods come from Kubernetes (CRI): docs/kubernetes.md",
         "--health-*": "leave it out: --health-cmd and --health-start-period do it",
         "--device-* --blkio-*": "leave it out; limits are --cpus, -m, --pids-limit",
@@ -169,8 +168,6 @@ OPTIONS: dict[str, dict[str, str]] = {
     "restart": {"--running": "name them: $(kata ps -q)", "--cidfile": "name it: $(cat FILE)"},
     "start": {
         "--checkpoint --checkpoint-dir": "kata pause NAME freezes a container while the machine is up",
-        "--detach-keys": "kata attach --detach-keys KEYS NAME",
-        "--sig-proxy": "signals are always passed on: leave it out",
     },
     "events": {
         "--format": "--json, and jq",
@@ -211,12 +208,11 @@ OPTIONS: dict[str, dict[str, str]] = {
         "--all -a": "name them: $(kata ps -aq)",
         "--condition --interval -i": "leave it out: it waits for the end",
     },
-    "top port version logs": {"--format": "--json, and jq"},
+    "top port logs": {"--format": "--json, and jq"},
     "inspect": {
         "--size -s": "leave it out: kata ps --format '{{.Size}}' shows what a container has written",
     },
     "ps": {
-        "--size -s": "--format '{{.Names}} {{.Size}}'",
         "--external --ns --pod -p --sync": "leave it out",
         "--noheading": "--format '{{.ID}} {{.Names}}'",
         "--sort": "the newest are first; sort --format's lines with sort(1)",
@@ -226,13 +222,13 @@ OPTIONS: dict[str, dict[str, str]] = {
         "--all -a": "name each: kata ps shows them all",
         "--latest -l": "name it: $(kata ps -q | head -1)",
     },
-    "cp": {"--overwrite --quiet -q": "leave it out: a file may replace a file, and nothing is printed"},
+    "cp": {"--overwrite": "leave it out: a file may replace a file"},
     "stats": {
         "--all -a": "only running containers have figures: leave it out",
-        "--no-trunc --no-reset": "leave it out",
+        "--no-reset": "leave it out",
         "--latest -l": "name it: $(kata ps -q | head -1)",
     },
-    "logs": {"--details --color --names": "leave it out"},
+    "logs": {"--color --names": "leave it out"},
     "rmi": {
         "--all -a": "name them: $(kata images -q)",
         "--ignore -i": "--force",
