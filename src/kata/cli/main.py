@@ -56,7 +56,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "save": ("export", "write images as an archive that 'docker load' reads"),
     "load": ("manage", "read images from an archive of 'docker save'"),
     "import": ("import_image", "make an image of a tar file with a root file system"),
-    "prune": ("manage", "remove containers and images that are not used"),
+    "prune": ("prune", "remove containers and images that are not used"),
     "volume": ("volume", "make, list and remove volumes with a name"),
     "network": ("network", "make, list and remove networks of containers"),
     "login": ("registry_account", "log in to a registry"),

@@ -269,7 +269,7 @@ def _exists(arguments: Arguments) -> int:
 
 def _prune(arguments: Arguments) -> int:
     from kata.cli import filters
-    from kata.cli.manage import agreed, show_gone
+    from kata.cli.prune import agreed, show_gone
 
     wanted = filters.parse(arguments.many("filter"), ("label",))
     if not arguments.flag("force") and not agreed(["all networks not used by at least one container"]):

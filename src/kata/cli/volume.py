@@ -201,7 +201,7 @@ def _exists(arguments: Arguments) -> int:
 
 def _prune(arguments: Arguments) -> int:
     from kata.cli import filters
-    from kata.cli.manage import agreed, show_gone
+    from kata.cli.prune import agreed, show_gone
 
     everything = arguments.flag("all")
     wanted = filters.parse(arguments.many("filter"), ("label",))
