@@ -389,7 +389,6 @@ def install(place: Place, kernel: str, dry_run: bool, clients: Sequence[str] = (
     save_manifest(place, manifest)
     say(f"  ok  {'is already there' if present else 'installed'}: {', '.join(programs)} ({name})")
     if place.destdir:
-        say("  the guest is not part of it: run `kata guest build` on the machine where this is installed")
         return
     command = place.link("kata")
     status = subprocess.run([command, "guest", "build", "--kernel", kernel], check=False).returncode
@@ -556,6 +555,10 @@ def main() -> int:
         check_machine(place, options.force or options.dry_run)
         if options.action == "install":
             install(place, options.kernel, options.dry_run, clients)
+            if place.destdir and not options.dry_run:
+                say(
+                    "  the guest is not part of it: kata guest build, on the machine where this is installed"
+                )
     except Refusal as refusal:
         say(f"error: {refusal}\nhint: {refusal.hint}")
         return 1

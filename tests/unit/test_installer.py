@@ -270,3 +270,19 @@ def test_purge_removes_state_and_cache(
     installer.uninstall(place, force=False, purge=True, dry_run=False)
     assert not (tmp_path / "state").exists()
     assert not (tmp_path / "cache").exists()
+
+
+def test_who_stages_it_is_told_that_the_guest_is_missing_and_who_packages_it_is_not(
+    installer: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "a/usr").mkdir(parents=True)
+    installer.install(installer.Place("/usr", str(tmp_path / "a")), "auto", dry_run=False)
+    assert "guest" not in "".join(capsys.readouterr())  # tools/dist.py puts one in
+    (tmp_path / "b/usr").mkdir(parents=True)
+    words = ["install", "--prefix", "/usr", "--destdir", str(tmp_path / "b"), "--force"]
+    monkeypatch.setattr("sys.argv", ["installer", *words])
+    assert installer.main() == 0
+    assert "the guest is not part of it" in "".join(capsys.readouterr())
