@@ -171,3 +171,14 @@ def test_what_happens_in_a_directory_is_told(tmp_path: Path) -> None:
             sysio.inotify_add_watch(queue, str(tmp_path), sysio.IN_CREATE)
     finally:
         os.close(queue)
+
+
+def test_a_sparse_file_takes_what_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "sparse"
+    with open(path, "wb") as file:
+        file.write(bytes(range(256)) * 256)
+        file.truncate(1 << 30)
+        file.flush()
+        os.fsync(file.fileno())
+    told = subprocess.run(["du", "--block-size=1", path], capture_output=True, text=True, check=True).stdout
+    assert sysio.disk_bytes(path.stat()) == int(told.split()[0]) < 1 << 20

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from kata import sysio
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -17,7 +19,7 @@ def taken(paths: Iterable[str]) -> int:
             status = os.stat(path, follow_symlinks=False)
         except OSError:
             continue
-        found[status.st_dev, status.st_ino] = status.st_blocks * 512
+        found[status.st_dev, status.st_ino] = sysio.disk_bytes(status)
     return sum(found.values())
 
 

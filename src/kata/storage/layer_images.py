@@ -177,7 +177,7 @@ def _make_room(most_bytes: int, spare: str) -> list[str]:
         if name.endswith(".erofs"):
             with contextlib.suppress(FileNotFoundError):
                 status = os.stat(os.path.join(directory(), name))
-                sizes[status.st_mtime_ns, name] = status.st_blocks * 512
+                sizes[status.st_mtime_ns, name] = sysio.disk_bytes(status)
     total = sum(sizes.values())
     removed = []
     for (_, name), size in sorted(sizes.items()):

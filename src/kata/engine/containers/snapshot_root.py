@@ -318,10 +318,10 @@ class SnapshotRoot:
         while True:
             await asyncio.sleep(TRIM_S)
             try:
-                if os.stat(self._disk_path).st_blocks * 512 < seen + _TRIM_BYTES:
+                if sysio.disk_bytes(os.stat(self._disk_path)) < seen + _TRIM_BYTES:
                     continue
                 await agent.trim_layer(rootfs.upper_path(self._id))
-                seen = os.stat(self._disk_path).st_blocks * 512
+                seen = sysio.disk_bytes(os.stat(self._disk_path))
             except (KataError, OSError):
                 return  # its disk cannot be told, or is gone
 

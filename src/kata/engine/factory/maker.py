@@ -355,7 +355,7 @@ def listed(root: str) -> list[dict[str, Any]]:
                 {
                     "key": name,
                     "path": path,
-                    "bytes": sum(one.stat().st_blocks * 512 for one in os.scandir(path)),
+                    "bytes": sum(sysio.disk_bytes(one.stat()) for one in os.scandir(path)),
                     "made": os.stat(os.path.join(path, templates.WHOLE)).st_mtime,
                     "used": os.stat(path).st_mtime,
                     "machine": machine,
