@@ -35,7 +35,7 @@ and of the help of the versions named in the tables; change it there.
   `network rm`) with 1. For all else Docker exits with 1 and Podman with 125.
 * Container ids have 32 digits.
 * `kata run -d` prints the whole id, as they do. Progress and hints go to stderr.
-* `--group-add` takes numbers. `--memory-swap` can only be the same as `-m`: the machine has no swap.
+* `--memory-swap` can only be the same as `-m`: the machine has no swap.
   `--cpuset-cpus` means nothing to a machine with processors of its own: `--cpus N` is how many it has.
 * A network with a name is for the containers of `kata run`; the host is no member of it, and `eth0` in the container is
   the way out, `eth1` the network ([networks](networks.md)).

@@ -46,8 +46,8 @@ def test_inspect_reads_the_specification(image: None, capsys: pytest.CaptureFixt
 def test_inspect_says_who_the_command_runs_as(
     image: None, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], user: str
 ) -> None:
-    found = create(capsys, *options, "--group-add", "77")
-    assert (found["Config"]["User"], found["HostConfig"]["GroupAdd"]) == (user, ["77"])
+    found = create(capsys, *options, "--group-add", "audio", "--group-add", "77")
+    assert (found["Config"]["User"], found["HostConfig"]["GroupAdd"]) == (user, ["77", "audio"])
 
 
 @pytest.mark.parametrize(

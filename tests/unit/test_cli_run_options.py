@@ -74,12 +74,14 @@ def test_security_and_groups() -> None:
             "seccomp=unconfined",
             "--security-opt",
         ),
-        *("label:disable", "--group-add", "7", "--group-add", "0", "--sysctl", "net.core.somaxconn=12"),
+        *("label:disable", "--group-add", "7", "--group-add", "audio", "--group-add", "0"),
+        *("--sysctl", "net.core.somaxconn=12"),
     )
     assert spec["process"]["noNewPrivileges"] is True
     assert "seccomp" not in spec["linux"]
     assert spec["linux"]["maskedPaths"]
     assert spec["process"]["user"]["additionalGids"] == [7, 0]
+    assert spec["process"]["user"]["additionalGroups"] == ["audio"]
     assert spec["linux"]["sysctl"] == {"net.core.somaxconn": "12"}
     spec, _, _ = applied("--security-opt", "unmask=ALL")
     assert not {"maskedPaths", "readonlyPaths"} & set(spec["linux"])
@@ -126,7 +128,8 @@ def test_environment_of_the_host_and_time_zone(monkeypatch: pytest.MonkeyPatch) 
         (["--sysctl", "net..core=1"], "is not NAME=VALUE"),
         (["--shm-size", "much"], "is not a size"),
         (["--shm-size", "1m", "--tmpfs", "/dev/shm"], "contradict"),
-        (["--group-add", "audio"], "is not a number"),
+        (["--group-add", "audio:video"], "is not a group"),
+        (["--group-add", str(1 << 32)], "is not a group"),
         (["--add-host", "db"], "is not NAME:ADDRESS"),
         (["--add-host", "db:host"], "is not an IP address"),
         (["--add-host", "db:host-gateway"], "no fixed address of its host"),

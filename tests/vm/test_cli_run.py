@@ -743,6 +743,8 @@ def test_options_of_docker_that_end_in_the_guest(
             "1m",
             "--group-add",
             "77",
+            "--group-add",
+            "users",
             "--add-host",
             "db:192.0.2.7",
         ),
@@ -758,7 +760,7 @@ def test_options_of_docker_that_end_in_the_guest(
         assert done.returncode == 0, done.stderr
         lines = done.stdout.splitlines()
         assert lines[:3] == ["100", "200", "1024"]
-        assert lines[3].split() == ["Groups:", "0", "77"]
+        assert lines[3].split() == ["Groups:", "0", "77", "100"]
         assert lines[4] == "1"
         assert sorted(lines[5:8]) == ["nameserver 192.0.2.53", "options ndots:2", "search example.org"]
         assert lines[8:] == ["123", "1", "0", "yes", "09", "174", str(16 << 20)]

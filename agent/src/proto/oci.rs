@@ -133,6 +133,8 @@ pub struct User {
     pub username: String,
     /// Ours: of files that the process makes; without it, 0022.
     pub umask: Option<u32>,
+    /// Ours: further groups, by names of the container's /etc/group or by numbers; beside AdditionalGids.
+    pub additional_groups: Vec<String>,
 }
 
 impl Message for User {
@@ -142,6 +144,7 @@ impl Message for User {
         codec::put_repeated_uint32(out, 3, &self.additional_gids);
         codec::put_string(out, 4, &self.username);
         codec::put_optional_uint32(out, 1000, &self.umask);
+        codec::put_repeated_string(out, 1001, &self.additional_groups);
     }
 
     fn merge(&mut self, field: Field<'_>) -> Result<(), DecodeError> {
@@ -151,6 +154,7 @@ impl Message for User {
             3 => codec::get_repeated_uint32(field, &mut self.additional_gids)?,
             4 => codec::get_string(field, &mut self.username)?,
             1000 => codec::get_optional_uint32(field, &mut self.umask)?,
+            1001 => codec::get_repeated_string(field, &mut self.additional_groups)?,
             _ => {}
         }
         Ok(())

@@ -187,7 +187,7 @@ pub const MESSAGES: &[(&str, &str)] = &[
     ("UpdateEphemeralMountsRequest", "storages:1*mStorage"),
     ("UpdateInterfaceRequest", "interface:1mInterface"),
     ("UpdateRoutesRequest", "routes:1mRoutes"),
-    ("User", "UID:1u GID:2u AdditionalGids:3*u Username:4s Umask:1000u"),
+    ("User", "UID:1u GID:2u AdditionalGids:3*u Username:4s Umask:1000u AdditionalGroups:1001*s"),
     ("VolumeStatsRequest", "volume_guest_path:1s"),
     ("WaitProcessRequest", "container_id:1s exec_id:2s"),
     ("Windows", "dummy:1s"),

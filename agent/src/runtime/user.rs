@@ -42,6 +42,7 @@ impl Wanted {
             wanted.uid = user.uid;
             wanted.gid = user.gid;
             wanted.groups.clone_from(&user.additional_gids);
+            wanted.more_groups.clone_from(&user.additional_groups);
             let (name, group) = user.username.split_once(':').unwrap_or((&user.username, ""));
             wanted.user = name.to_string();
             wanted.group = group.to_string();
@@ -49,7 +50,7 @@ impl Wanted {
         if let Some(text) = text.filter(|t| !t.uid.is_empty() || !t.gid.is_empty()) {
             wanted.user.clone_from(&text.uid);
             wanted.group.clone_from(&text.gid);
-            wanted.more_groups.clone_from(&text.additional_gids);
+            wanted.more_groups.extend_from_slice(&text.additional_gids);
         }
         wanted
     }
@@ -244,5 +245,18 @@ mod tests {
         let text = StringUser { uid: "ann".into(), gid: String::new(), additional_gids: vec!["root".into()] };
         assert_eq!(resolve(&Wanted::new(Some(&user), Some(&text))).2, vec![100, 8, 10, 29, 0]);
         assert_eq!(resolve(&Wanted::new(None, None)), (0, 0, vec![], "/root".into()));
+    }
+
+    #[test]
+    fn further_groups_have_names() {
+        let with = |names: &[&str]| User {
+            username: "bob".into(),
+            additional_gids: vec![8],
+            additional_groups: names.iter().map(|name| (*name).to_string()).collect(),
+            ..Default::default()
+        };
+        let found = |names: &[&str]| Wanted::new(Some(&with(names)), None).resolve_in(PASSWD, GROUP);
+        assert_eq!(found(&["audio", "10", "77", "audio"]).unwrap().groups, [1001, 8, 10, 29, 77]);
+        assert!(found(&["nosuch"]).unwrap_err().message.contains("unable to find group nosuch"));
     }
 }

@@ -189,7 +189,8 @@ SPECIFICATION: Mapping[str, Any] = {
     "ociVersion": VALUE,
     "hostname": VALUE,
     "process": {
-        "terminal": VALUE, "user": {"uid": VALUE, "gid": VALUE, "umask": VALUE, "additionalGids": VALUE},
+        "terminal": VALUE, "user": {"uid": VALUE, "gid": VALUE, "umask": VALUE, "additionalGids": VALUE,
+                 "additionalGroups": COUNT},
         "args": COUNT, "env": NAMES, "cwd": VALUE, "capabilities": {"*": VALUE},
         "rlimits": [{"type": VALUE, "hard": VALUE, "soft": VALUE}],
         "noNewPrivileges": VALUE, "apparmorProfile": VALUE, "oomScoreAdj": VALUE, "ioPriority": {"*": VALUE},

@@ -93,7 +93,7 @@ def _process(container: Container, arguments: Arguments) -> dict[str, Any]:
     user = arguments.value("user") or None  # scripts give empty ones, which are none to Docker
     if user is not None:
         # The groups of --group-add are every process's, as in Docker.
-        kept = {key: own for key, own in process["user"].items() if key == "additionalGids"}
+        kept = {key: own for key, own in process["user"].items() if key.startswith("additional")}
         process["user"] = {"uid": 0, "gid": 0, "username": user, **kept}
     if user is not None or arguments.flag("privileged"):
         from kata.oci import capabilities

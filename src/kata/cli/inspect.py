@@ -193,7 +193,11 @@ def _as_docker(container: Container, state: dict[str, Any], spec: dict[str, Any]
             "DnsSearch": record.get("dns_searches", []),
             "DnsOptions": record.get("dns_options", []),
             "ExtraHosts": [":".join(reversed(line.split("\t"))) for line in record.get("extra_hosts", [])],
-            "GroupAdd": [str(gid) for gid in (process.get("user") or {}).get("additionalGids", [])],
+            "GroupAdd": [
+                str(one)
+                for key in ("additionalGids", "additionalGroups")
+                for one in (process.get("user") or {}).get(key, [])
+            ],
             "Memory": record["memory"] or 0,
             "MemoryReservation": (resources.get("memory") or {}).get("reservation", 0),
             "NanoCpus": round((record["cpus"] or 0) * 10**9),

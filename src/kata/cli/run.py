@@ -30,7 +30,7 @@ _MORE = [
     ),
     Option("--sysctl", "NAME=VALUE", "set a parameter of the machine's own kernel", many=True),
     Option("--shm-size", "SIZE", "size of /dev/shm (64m)"),
-    Option("--group-add", "GID", "a further group of the command, by number", many=True),
+    Option("--group-add", "GROUP", "a further group of the command, by name or number", many=True),
     Option("--add-host", "NAME:ADDRESS", "add a line to /etc/hosts", many=True),
     Option("--dns", "ADDRESS", "ask this name server instead of the host's", many=True),
     Option("--dns-search", "DOMAIN", "search this domain instead of the host's; '.' for none", many=True),

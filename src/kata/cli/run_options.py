@@ -139,8 +139,13 @@ class RunOptions:
         if self._ulimits:
             # The last one of a kind counts.
             process["rlimits"] = list({one["type"]: one for one in self._ulimits}.values())
-        if self.groups:
-            process["user"]["additionalGids"] = self.groups
+        numbers = [one for one in self.groups if isinstance(one, int)]
+        names = [one for one in self.groups if isinstance(one, str)]
+        if numbers:
+            process["user"]["additionalGids"] = numbers
+        if names:
+            # No member of the specification: like the user's name, the agent looks them up in the container's files.
+            process["user"]["additionalGroups"] = names
         if self._sysctls:
             linux["sysctl"] = self._sysctls
         for key, limits in self._resources.items():
@@ -248,14 +253,14 @@ def sysctl(text: str) -> tuple[str, str]:
     return name, value
 
 
-def group(text: str) -> int:
-    """Parse the number of a supplementary group."""
-    if not text.isdecimal() or not text.isascii() or int(text) >= 1 << 32:
+def group(text: str) -> int | str:
+    """Parse a supplementary group: a number, or a name, which is looked up in the container's /etc/group."""
+    is_number = text.isascii() and text.isdecimal()
+    if (is_number and int(text) >= 1 << 32) or not text or not set(text).isdisjoint(":,\n\0"):
         raise UsageError(
-            f"--group-add {text!r} is not a number: the image's /etc/group is not read before the start",
-            "give the group's number; -u USER brings the groups of USER",
+            f"--group-add {text!r} is not a group", "a number, or a name of the image's /etc/group"
         )
-    return int(text)
+    return int(text) if is_number else text
 
 
 def address(text: str, option: str) -> str:

@@ -10,7 +10,7 @@ _MESSAGES = {
     "Spec": "Version:1:string Process:2:@oci.Process Root:3:@oci.Root Hostname:4:string Mounts:5:*@oci.Mount Hooks:6:@oci.Hooks Annotations:7:%string:string Linux:8:@oci.Linux Solaris:9:@oci.Solaris Windows:10:@oci.Windows",
     "Process": "Terminal:1:bool ConsoleSize:2:@oci.Box User:3:@oci.User Args:4:*string Env:5:*string Cwd:6:string Capabilities:7:@oci.LinuxCapabilities Rlimits:8:*@oci.POSIXRlimit NoNewPrivileges:9:bool ApparmorProfile:10:string OOMScoreAdj:11:int64 SelinuxLabel:12:string",
     "Box": "Height:1:uint32 Width:2:uint32",
-    "User": "UID:1:uint32 GID:2:uint32 AdditionalGids:3:*uint32 Username:4:string Umask:1000:?uint32",
+    "User": "UID:1:uint32 GID:2:uint32 AdditionalGids:3:*uint32 Username:4:string Umask:1000:?uint32 AdditionalGroups:1001:*string",
     "LinuxCapabilities": "Bounding:1:*string Effective:2:*string Inheritable:3:*string Permitted:4:*string Ambient:5:*string",
     "POSIXRlimit": "Type:1:string Hard:2:uint64 Soft:3:uint64",
     "Mount": "destination:1:string source:2:string type:3:string options:4:*string",

@@ -76,6 +76,9 @@ class User(Message):
     Username: str
     Umask: int | None
     """Ours: of files that the process makes; without it, 0022."""
+    AdditionalGroups: list[str]
+    """Ours: further groups, by names of the container's /etc/group or by numbers; beside
+    AdditionalGids."""
     def __init__(
         self,
         *,
@@ -84,6 +87,7 @@ class User(Message):
         AdditionalGids: list[int] = ...,
         Username: str = ...,
         Umask: int | None = ...,
+        AdditionalGroups: list[str] = ...,
     ) -> None: ...
 
 class LinuxCapabilities(Message):
