@@ -182,11 +182,13 @@ def test_a_pod_is_one_machine_with_several_containers(cri: Cri) -> None:
     assert {one["id"] for one in state["containers"]} >= {one, two}
     assert f'container_id="{one}"' in curl(link, "/metrics")[2]
     seen = [
-        cri("exec", "-s", each, "sh", "-c", "hostname; hostname -i; cat /etc/resolv.conf")
+        cri("exec", "-s", each, "sh", "-c", "hostname; cat /etc/hosts /etc/resolv.conf")
         for each in (one, two)
     ]
     assert seen[0] == seen[1]
     assert seen[0].splitlines()[0] == "p1"
+    # containerd gives a copy of the host's, where there is no kubelet: the pod's own name is not in it.
+    assert Path("/etc/hosts").read_text() in seen[0]
     assert "nameserver 10.88.7.1" in seen[0]
     assert "search example.test" in seen[0]
     address = json.loads(cri("inspectp", pod[0]))["status"]["network"]["ip"]
