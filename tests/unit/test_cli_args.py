@@ -235,6 +235,8 @@ def test_detach_keys() -> None:
         (["stop", "-f", "x"], "kata stop: unknown option -f"),
         (["prune", "networks"], "one of container, image, build, system"),
         (["run", "--nmae", "x", "y"], "did you mean --name?"),
+        (["network", "create", "--ipv4=false", "--ipv6", "x"], "IPv4 in any case, and with --ipv6 both"),
+        (["run", "--ip6", "fd00::2", "x"], "ends as the one of --ip does"),
         (["unpuase", "x"], "unknown command 'unpuase'"),
     ],
 )

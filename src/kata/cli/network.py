@@ -41,7 +41,11 @@ SUBCOMMANDS = {
                 "ADDRESS/BITS",
                 "a part of its IPv4 addresses, from which containers get theirs",
             ),
-            Option("--ipv6", "", "its containers have IPv6 addresses, too"),
+            Option(
+                "--ipv6",
+                "",
+                "its containers have IPv6 addresses besides those of IPv4, with the same number",
+            ),
             Option("--label", "KEY[=VALUE]", "a label", many=True),
             Option("--internal", "", "who is in no other network has no way out, and publishes no ports"),
             Option("-d --driver", "bridge", "accepted; there is no other"),

@@ -116,7 +116,8 @@ OPTIONS: dict[str, dict[str, str]] = {
         "--timeout": "kata stop NAME when it is time; timeout(1) sends its signal to the container, too",
         "--pidfile --conmon-pidfile": "kata inspect NAME has the engine's",
         "--no-hosts": "kata cp FILE NAME:/etc/hosts when it runs",
-        "--ip6 --link-local-ip": "the machine's address is its own; -p [IP:]HOST:GUEST chooses the host's side",
+        "--ip6": "in a network with IPv6 the address ends as the one of --ip does: docs/networks.md",
+        "--link-local-ip": "the machine's address is its own; -p [IP:]HOST:GUEST chooses the host's side",
         "--oom-score-adj --oom-kill-disable": "leave it out: the kernel that kills is the machine's own",
         "--kernel-memory": "-m SIZE",
         "--annotation": "--label KEY=VALUE keeps notes",
@@ -251,6 +252,24 @@ OPTIONS: dict[str, dict[str, str]] = {
 
 An option that ends in ``*`` is a prefix. An option in a hint that names no command belongs to the same command.
 """
+OF_SUBCOMMANDS: dict[str, dict[str, str]] = {
+    "network create": {
+        "--ipv4": "a network has IPv4 in any case, and with --ipv6 both: docs/networks.md",
+        "--opt -o --attachable --scope --ingress --disable-dns --ipam-opt": "leave it out",
+        "--aux-address": "--ip-range ADDRESS/BITS, from which containers get theirs",
+        "--config-from --config-only --ipam-driver --route --interface-name": "leave it out: it is a bridge",
+        "--dns": "kata run --dns ADDRESS",
+    },
+    "network connect": {
+        "--ip6 --link-local-ip": "in a network with IPv6 the address ends as the one of --ip does",
+        "--mac-address": "the machine's address is its own",
+        "--driver-opt --gw-priority --link": "leave it out",
+    },
+    "volume create": {
+        "--availability --group --limit-bytes --required-bytes --scope --secret --sharing": "leave it out",
+    },
+}
+"""The same for the commands of groups: by their whole name."""
 
 
 def command(argv: list[str]) -> list[str]:
@@ -276,12 +295,12 @@ def about_option(command: str, name: str) -> str:
         name: The option, with its dashes.
     """
     prefixed = ""
-    for commands, table in OPTIONS.items():
-        if command in commands.split():
-            for names, text in table.items():
-                for one in names.split():
-                    if name == one:
-                        return text
-                    if one.endswith("*") and name.startswith(one[:-1]):
-                        prefixed = text
+    tables = [table for commands, table in OPTIONS.items() if command in commands.split()]
+    for table in (*tables, OF_SUBCOMMANDS.get(command, {})):
+        for names, text in table.items():
+            for one in names.split():
+                if name == one:
+                    return text
+                if one.endswith("*") and name.startswith(one[:-1]):
+                    prefixed = text
     return prefixed
