@@ -273,11 +273,10 @@ def page_lines(rows: dict[str, dict[str, Any]]) -> list[str]:
     """The tables for the page."""
     nasty = sum(name.startswith("nasty/") for name in rows)
     here = sum(row["here"] for row in rows.values())
-    lines = [
-        f"{nasty} nasty images and {len(rows) - nasty} ordinary ones; {len(rows) - here} of them were read",
-        "in machines, the others by the same program without one (`--here`).",
-        "",
-    ]
+    how = "all were read in machines"
+    if here:
+        how = f"{here} of them were read without a machine (`--here`), by the same program"
+    lines = [f"{nasty} nasty images and {len(rows) - nasty} ordinary ones; {how}.", ""]
     lines += ["| kind | planted | reported | rightly | precision | recall |", "|---|---|---|---|---|---|"]
     for what in ("findings", "packages"):
         for kind, numbers in sorted(totals(rows, what).items()):

@@ -25,7 +25,8 @@ def test_a_page_has_rates_by_kind_and_what_other_scanners_find() -> None:
         "ordinary/z": row(syft=None, syft_missed=[]),
     }
     lines = inspect_suite.page_lines(rows)
-    assert lines[0].startswith("1 nasty images and 2 ordinary ones; 1 of them")
+    assert lines[0].startswith("1 nasty images and 2 ordinary ones; 2 of them were read without a machine")
+    assert inspect_suite.page_lines({"nasty/x": row(here=False)})[0].endswith("; all were read in machines.")
     assert "| `secret` | 3 | 6 | 3 | 0.500 | 1.000 |" in lines
     assert "| `set-uid` | 6 | 3 | 3 | 1.000 | 0.500 |" in lines
     assert "| syft | 2 | 12 | 1 | 1 |" in lines
