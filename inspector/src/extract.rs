@@ -69,6 +69,20 @@ fn clear(directory: PathBuf, fresh: &HashSet<PathBuf>) {
     }
 }
 
+/// Make a file with the content of the member that the archive is at, holes included.
+pub fn content(archive: &mut Archive, member: &Member, path: &Path) -> io::Result<()> {
+    let mut file = fs::File::create(path)?;
+    let mut piece = vec![0; 1 << 18];
+    while let Some((offset, length)) = archive.run() {
+        archive.pass_hole();
+        let most = piece.len().min(usize::try_from(length).unwrap_or(usize::MAX));
+        file.seek(io::SeekFrom::Start(offset))?;
+        let done = archive.read(&mut piece[..most])?;
+        file.write_all(&piece[..done])?;
+    }
+    file.set_len(member.size)
+}
+
 fn put(archive: &mut Archive, member: &Member, fresh: &mut HashSet<PathBuf>) -> io::Result<()> {
     let wrong = || io::Error::other("a name that leads nowhere");
     let mut parts = clean(&member.name).map_err(|_| wrong())?;
@@ -102,16 +116,7 @@ fn put(archive: &mut Archive, member: &Member, fresh: &mut HashSet<PathBuf>) -> 
     gone(&path);
     match member.kind {
         b'0' => {
-            let mut file = fs::File::create(&path)?;
-            let mut piece = vec![0; 1 << 18];
-            while let Some((offset, length)) = archive.run() {
-                archive.pass_hole();
-                let most = piece.len().min(usize::try_from(length).unwrap_or(usize::MAX));
-                file.seek(io::SeekFrom::Start(offset))?;
-                let done = archive.read(&mut piece[..most])?;
-                file.write_all(&piece[..done])?;
-            }
-            file.set_len(member.size)?;
+            content(archive, member, &path)?;
             chown(&path, uid, gid)?;
             fs::set_permissions(&path, fs::Permissions::from_mode(member.mode))
         }

@@ -4,6 +4,7 @@
 //! stored. A stored image comes as erofs on a disk of its own. Whatever is wrong with an image ends in a finding.
 //! `src/kata/images/handover.py` of the host writes the plan.
 
+mod clamav;
 mod configuration;
 mod elf;
 mod extract;
@@ -191,6 +192,8 @@ fn report(path: &str) -> io::Result<()> {
     out.number(1);
     out.key("images");
     out.open('[');
+    let mut scanned = None;
+    let scan_seconds = plan.content.get("clamav_seconds").number();
     for one in described {
         let mut limits = Limits {
             bytes: bounds.get("bytes").number() as u64,
@@ -204,6 +207,9 @@ fn report(path: &str) -> io::Result<()> {
             image.note("bad-layer", b"", 0, "the inspector failed while it read the image: please report this");
             image
         });
+        if images.is_empty() && scan_seconds > 0 {
+            scanned = Some(scan(&plan, &mut image, scan_seconds as u64));
+        }
         report::write(&mut out, &mut image, report::MAX_IMAGES / described.len().max(1));
         images.push(image);
     }
@@ -211,6 +217,10 @@ fn report(path: &str) -> io::Result<()> {
     if let [new, old] = images.as_slice() {
         out.key("difference");
         report::write_difference(&mut out, old, new);
+    }
+    if let Some(outcome) = &scanned {
+        out.key("clamav");
+        clamav::write(&mut out, outcome);
     }
     let seconds = plan.content.get("run_seconds").number();
     if seconds > 0 {
@@ -226,6 +236,49 @@ fn report(path: &str) -> io::Result<()> {
     let mut stdout = io::stdout().lock();
     stdout.write_all(out.finish().as_bytes())?;
     stdout.write_all(b"\n")
+}
+
+/// Have ClamAV look at the files of the first image, and note in `image` what it finds.
+fn scan(plan: &Plan, image: &mut Image, seconds: u64) -> clamav::Outcome {
+    let began = Instant::now();
+    let mut outcome = clamav::Outcome::default();
+    if let Err(error) = scan_files(plan, image, began + Duration::from_secs(seconds), &mut outcome) {
+        outcome.problem = error.to_string();
+    }
+    outcome.seconds = began.elapsed().as_secs();
+    outcome
+}
+
+fn scan_files(plan: &Plan, image: &mut Image, end: Instant, outcome: &mut clamav::Outcome) -> io::Result<()> {
+    let flags = libc::MS_RDONLY | libc::MS_NOSUID | libc::MS_NODEV;
+    mounted_at(&disk("clamav")?, "/clamav", "erofs", flags, "")?;
+    mounted_at(&disk("signatures")?, "/signatures", "erofs", flags | libc::MS_NOEXEC, "")?;
+    let described = &plan.content.get("images").list()[0];
+    let mut files = clamav::Files::new(plan.content.get("limits").get("bytes").number() as u64, end)?;
+    let serial = described.get("erofs").text();
+    if !serial.is_empty() {
+        files.add_mounted(image, &format!("/run/kata-{serial}"))?;
+    }
+    // The layers that were read; what is wrong with others has been said.
+    for (number, layer) in described.get("layers").list().iter().enumerate().take(image.layers.len()) {
+        if !layer.get("problem").text().is_empty() {
+            continue;
+        }
+        let outcome = archive_of(plan, layer).and_then(|mut archive| files.add_layer(&mut archive, number as u32 + 1));
+        if let Err(error) = outcome {
+            image.note("limit", b"", number as u32 + 1, format!("ClamAV was given a part of the layer: {error}"));
+        }
+    }
+    files.scan(image, outcome)
+}
+
+/// The archive of a layer, as the plan describes it.
+fn archive_of(plan: &Plan, layer: &Value) -> io::Result<tar::Archive> {
+    let (offset, size) = (layer.get("offset").number() as u64, layer.get("size").number() as u64);
+    let mut head = [0; 8];
+    let _ = plan.disk.read_at(&mut head[..size.min(8) as usize], offset);
+    let part = stream::Part::new(plan.disk.clone(), offset, size);
+    Ok(tar::Archive::new(stream::unpacked(Box::new(part), stream::kind_of(&head))?))
 }
 
 const ROOT: &str = "/mnt/root";
@@ -263,11 +316,7 @@ fn unpack(plan: &Plan) -> io::Result<()> {
     extract::enter(ROOT)?;
     let mut most = plan.content.get("limits").get("bytes").number() as u64;
     for layer in described.get("layers").list() {
-        let (offset, size) = (layer.get("offset").number() as u64, layer.get("size").number() as u64);
-        let mut head = [0; 8];
-        let _ = plan.disk.read_at(&mut head[..size.min(8) as usize], offset);
-        let part = stream::Part::new(plan.disk.clone(), offset, size);
-        let mut archive = tar::Archive::new(stream::unpacked(Box::new(part), stream::kind_of(&head))?);
+        let mut archive = archive_of(plan, layer)?;
         let outcome = extract::layer(&mut archive, &mut most);
         match outcome {
             Ok(0) => {}

@@ -27,7 +27,7 @@ import marked_page
 import planted_images
 from conftest import ROOT, Kata
 
-from kata.cli import inspect_image, inspect_schema
+from kata.cli import inspect_configuration, inspect_schema
 from kata.errors import KataError
 from kata.images import handover, platform
 from kata.images.layout import Layout
@@ -98,7 +98,7 @@ def said_here(case: Case, work: Path) -> tuple[str, str]:
         [found] = inspect_schema.parse(done.stdout, 1)["images"]
     except KataError as error:
         return "", error.message
-    described = inspect_image.described(chosen, found.pop("masks"))
+    described = inspect_configuration.described(chosen, found.pop("masks"))
     return json.dumps({"found": found, "problem": "", **described}), ""
 
 

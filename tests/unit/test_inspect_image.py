@@ -12,7 +12,15 @@ from typing import Any
 import pytest
 from image_support import docker_save, layer, member, simple_layout
 
-from kata.cli import inspect_html, inspect_image, inspect_kinds, inspect_sbom, inspect_schema, inspect_text
+from kata.cli import (
+    inspect_configuration,
+    inspect_html,
+    inspect_image,
+    inspect_kinds,
+    inspect_sbom,
+    inspect_schema,
+    inspect_text,
+)
 from kata.errors import ImageError
 from kata.images import handover, platform
 from kata.images.archive import Archive
@@ -185,7 +193,7 @@ def whole_report(**changes: Any) -> dict[str, Any]:
     }
     chosen = handover.Selection("x", "sha256:1", json.dumps(config))
     return {
-        "format": 1, "tool": "kata 0", **inspect_image.described(chosen), "problem": "",
+        "format": 1, "tool": "kata 0", **inspect_configuration.described(chosen), "problem": "",
         "found": report_of_a_machine(**changes)["images"][0],
     }  # fmt: skip
 
@@ -217,7 +225,7 @@ def test_a_secret_in_the_environment_is_redacted() -> None:
 
 def test_a_secret_that_looks_masked_is_masked() -> None:
     config = {"config": {"Env": ["A_TOKEN=hunter2 (8 characters)", "B_TOKEN=abcd... (8 characters)"]}}
-    shown = inspect_image.described(handover.Selection("x", "", json.dumps(config)))
+    shown = inspect_configuration.described(handover.Selection("x", "", json.dumps(config)))
     assert shown["configuration"]["environment"] == [
         "A_TOKEN=hunt... (22 characters)",
         "B_TOKEN=abcd... (8 characters)",
@@ -235,7 +243,7 @@ def test_what_the_machine_calls_secret_is_shown_nowhere() -> None:
         "history": [{"created_by": "y" * 995 + "q7Wx9Zt2Lm4"}, {"created_by": f"echo '{key}' > k"}],
     }
     chosen = handover.Selection("x", "", json.dumps(config))
-    shown = json.dumps(inspect_image.described(chosen, ["q7Wx9Zt2Lm4", key, "short", "characters)"]))
+    shown = json.dumps(inspect_configuration.described(chosen, ["q7Wx9Zt2Lm4", key, "short", "characters)"]))
     assert "q7Wx9" not in shown
     assert "Ab1+" not in shown
     assert "X=q7Wx... (11 characters)" in shown
@@ -246,7 +254,7 @@ def test_what_the_machine_calls_secret_is_shown_nowhere() -> None:
     "config", ["", "[]", '{"config": [], "history": {}}', '{"config": {"Env": "x", "Labels": []}}']
 )
 def test_a_configuration_of_any_shape_is_described(config: str) -> None:
-    assert inspect_image.described(handover.Selection("x", "", config))["history"] == []
+    assert inspect_configuration.described(handover.Selection("x", "", config))["history"] == []
 
 
 def test_every_kind_has_a_severity() -> None:

@@ -12,7 +12,7 @@ import planted_images
 import pytest
 from conftest import ROOT
 
-from kata.cli import inspect_image, inspect_kinds, inspect_machine, inspect_schema
+from kata.cli import inspect_configuration, inspect_kinds, inspect_machine, inspect_schema
 from kata.images import handover, platform
 from kata.images.layout import Layout
 
@@ -46,7 +46,7 @@ def test_what_was_planted_is_found_and_nothing_else(tmp_path: Path, name: str) -
     assert Counter(one["path"] for one in found["hidden"]["largest"]) == Counter(image.hidden)
     assert {one["path"] for one in found["start"]["scripts"]} == set(image.scripts)
     assert all(one["kind"] in inspect_kinds.KINDS for one in found["findings"])
-    shown = json.dumps([inspect_image.described(chosen, found.pop("masks")), found])
+    shown = json.dumps([inspect_configuration.described(chosen, found.pop("masks")), found])
     for text in image.text:
         assert text not in shown
 
@@ -102,6 +102,6 @@ def test_two_images_full_of_findings_fit_into_one_report(tmp_path: Path) -> None
 def test_a_mask_may_be_the_beginning_of_a_longer_one() -> None:
     secret = "q7" * 1500
     config = json.dumps({"config": {"Env": [f"X={secret}"], "Labels": {"a": f"x{secret[:998]}"}}})
-    shown = inspect_image.described(handover.Selection("x", "", config), [secret[:1000], "abcdefgh"])
+    shown = inspect_configuration.described(handover.Selection("x", "", config), [secret[:1000], "abcdefgh"])
     assert shown["configuration"]["environment"] == ["X=q7q7... (3000 characters)"]
     assert shown["configuration"]["labels"] == [f"a=x{secret[:499]}"]

@@ -16,6 +16,8 @@ import pytest
 from conftest import Kata
 from image_support import docker_save, layer, member, simple_layout
 
+from kata.guest import packages
+
 SUDO = "Package: sudo\nStatus: install ok installed\nArchitecture: amd64\nVersion: 1.9.13p3-1\n\n"
 
 
@@ -222,3 +224,44 @@ def test_the_host_reads_nothing_of_the_image(shared_kata: Kata, tmp_path: Path, 
     assert moved > 70 << 20  # the trace sees what it is to see
     assert read < 64 << 10  # headers of the archive that `docker save` makes, and its manifest
     assert 0 < peak < PEAK
+
+
+def test_clamav_finds_what_was_planted(shared_kata: Kata, tmp_path: Path) -> None:
+    """By a signature of the test's own, in every layer, and under names that look like the scanner's words."""
+    if not packages.have_apt():
+        pytest.skip("the scanner comes from Debian's packages")
+    content = b"harmless, and planted by a test: 4711"
+    digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    (tmp_path / "db").mkdir()
+    (tmp_path / "db/own.hdb").write_text(f"{digest}:{len(content)}:Planted.4711\n")
+    first = layer(
+        member("opt/x: Other FOUND\n", content=content),
+        member("gone", content=content),
+        member("ok", content=b"x"),
+    )
+    simple_layout(
+        tmp_path / "oci", first, layer(member(".wh.gone"), member("also", content=b"y")), how="gzip"
+    )
+    image, sarif = f"oci:{tmp_path}/oci", tmp_path / "x.sarif"
+    options = ("--clamav-database", f"{tmp_path}/db", "--sarif", str(sarif))
+    document = inspected(shared_kata, image, *options)
+    found = {
+        (one["path"], one["layer"]): one["detail"]
+        for one in document["found"]["findings"]
+        if one["kind"] == "malware"
+    }
+    assert found == {
+        ("/opt/x: Other FOUND\n", 1): "Planted.4711.UNOFFICIAL",
+        ("/gone", 1): "Planted.4711.UNOFFICIAL; hidden by layer 2, and still in layer 1",
+    }
+    scan = document["clamav"]
+    assert (scan["files"], scan["signatures"], scan["age_days"], scan["problem"]) == (4, 1, 0, "")
+    assert [one["name"] for one in scan["databases"]] == ["own.hdb"]
+    results = json.loads(sarif.read_text())["runs"][0]["results"]
+    assert sum(one["ruleId"] == "malware" for one in results) == 2
+    # What only the scanner itself can find wrong is told, beside what is known of the image.
+    (tmp_path / "db/torn.ndb").write_text("no signature\n")
+    done = shared_kata.call("inspect-image", "--json", "-q", *options[:2], image)
+    assert done.returncode == 125
+    assert b"ClamAV has not seen all of it: it failed with status 2" in done.stderr
+    assert json.loads(done.stdout)["clamav"]["files"] == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
-from kata.cli import inspect_kinds, table
+from kata.cli import inspect_clamav, inspect_kinds, table
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -77,7 +77,10 @@ def page(report: dict[str, Any]) -> str:
     if report["problem"]:
         parts.append(f'<p class="problem">The report is not whole: {_safe(report["problem"])}</p>')
     if found:
-        parts += [_cards(found), _findings(found), _configuration(report), _layers(report), _packages(found)]
+        parts.append(_cards(found))
+        if report.get("clamav"):
+            parts.append(f'<p class="dim">Scanned: {_safe(inspect_clamav.line(report["clamav"]))}.</p>')
+        parts += [_findings(found), _configuration(report), _layers(report), _packages(found)]
         parts.append("<h2>Largest folders</h2>")
         parts.append(
             _table(

@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import sys
 
-from kata.cli import inspect_kinds, values
+from kata.cli import inspect_configuration, inspect_kinds, values
 from kata.cli.args import Command, Option
 from kata.errors import ImageError, KataError, UsageError
 
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from kata.cli.args import Arguments
+    from kata.cli.inspect_clamav import Signatures
     from kata.cli.records import Container
     from kata.images.handover import Selection
     from kata.images.platform import Platform
@@ -29,8 +29,11 @@ IMAGE is what 'kata run' takes (a name, oci:DIR, oci-archive:FILE, docker-archiv
 standard input: 'docker save NAME | kata inspect-image -'.
 
 The image is unpacked and read in a virtual machine without network and with a throw-away disk. An image that is in the
-local store already has no layers any more: its file system is read. Neither a virus scanner (ClamAV) nor a database of
-vulnerabilities is in it: --cyclonedx and --spdx write what tools that have one read.
+local store already has no layers any more: its file system is read. There is no database of vulnerabilities:
+--cyclonedx and --spdx write what tools that have one read.
+
+--clamav takes the scanner from Debian's packages and its signatures from this machine, where freshclam or you have put
+them. Every file of every layer is scanned, in the same machine, which gets the memory that the signatures need.
 
 exit status: 0 there is a report, 1 --fail-on was met, 125 there is none, or not a whole one."""
 
@@ -47,6 +50,12 @@ COMMANDS = {
             Option("--spdx", "FILE", "also write the packages as SPDX 2.3"),
             Option("--against", "IMAGE", "an older image, to report what has changed since"),
             Option("--run", "", "start the image's command once, without network, and report what it does"),
+            Option("--clamav", "", "have ClamAV scan every file of every layer, too"),
+            Option(
+                "--clamav-database",
+                "DIRECTORY",
+                "where ClamAV's signatures are (/var/lib/clamav); the same as --clamav besides",
+            ),
             Option("--shell", "", "a shell in the machine instead, with the image read-only at /image"),
             Option(
                 "--fail-on",
@@ -54,8 +63,10 @@ COMMANDS = {
                 "exit with 1 if there is such a finding, or a graver one",
             ),
             Option("--platform", "OS/ARCH", "which image of several; this machine's platform if not given"),
-            Option("-m --memory", "SIZE", "memory of the machine (1g)"),
-            Option("--timeout", "SECONDS", f"how long the reading may take ({_SECONDS})"),
+            Option("-m --memory", "SIZE", "memory of the machine (1g, and what ClamAV's signatures need)"),
+            Option(
+                "--timeout", "SECONDS", f"how long the reading may take ({_SECONDS}), and as long the scan"
+            ),
             Option("-q --quiet", "", "show no progress"),
         ],
         least=1,
@@ -152,121 +163,6 @@ def _or_closed(name: str, source: Any, tag: str, platform: Platform) -> Selectio
 # ---- the report ----
 
 
-_READ = 4000
-"""Characters of a string in which masks are looked for: all that is shown, and where a mask of it ends."""
-_WHOLE = 1000
-"""A mask of this many characters is the beginning of one: the machine sends no more."""
-
-
-def _pattern(masks: list[str]) -> re.Pattern[str] | None:
-    """What finds any of `masks`. Of long ones the beginning is enough, and takes the rest of the string with it."""
-    import re
-
-    wanted = sorted({mask for mask in masks if len(mask) >= 6}, key=len, reverse=True)
-    parts = [
-        re.escape(mask) if len(mask) < _WHOLE else re.escape(mask[:_WHOLE]) + "(?s:.*)" for mask in wanted
-    ]
-    return re.compile("|".join(parts)) if parts else None
-
-
-def _masked(value: Any, pattern: re.Pattern[str]) -> Any:
-    """A configuration without what is to be hidden. One pass: what takes a mask's place is not looked at again."""
-    if isinstance(value, str):
-        return pattern.sub(lambda match: _short(match[0]), value[:_READ])
-    if isinstance(value, list):
-        return [_masked(one, pattern) for one in value]
-    if isinstance(value, dict):
-        return {key: _masked(one, pattern) for key, one in value.items()}
-    return value
-
-
-def _short(secret: str) -> str:
-    return f"{secret[:4]}... ({len(secret)} characters)"
-
-
-def _texts(value: object, most: int = 200) -> list[str]:
-    """Strings of a list, or keys of an object, of an image's configuration."""
-    found = list(value) if isinstance(value, (list, dict)) else []
-    return [str(one)[:1000] for one in found[:most]]
-
-
-def described(chosen: Selection, masks: list[str] | None = None) -> dict[str, Any]:
-    """What the configuration says, as far as the report shows it.
-
-    Args:
-        chosen: The image.
-        masks: Strings to hide, from the machine that has read the image.
-
-    Returns:
-        ``image``, ``configuration`` and ``history``.
-    """
-    try:
-        config = json.loads(chosen.config)
-    except (ValueError, RecursionError):
-        config = {}
-    pattern = _pattern(masks or [])
-    if pattern is not None:
-        config = _masked(config, pattern)
-    if not isinstance(config, dict):
-        config = {}
-    inner = config.get("config")
-    if not isinstance(inner, dict):
-        inner = {}
-    history = config.get("history")
-
-    def text(content: dict[str, Any], key: str, most: int = 1000) -> str:
-        value = content.get(key)
-        return value[:most] if isinstance(value, str) else ""
-
-    labels = inner.get("Labels")
-    platform = "/".join(part for key in ("os", "architecture", "variant") if (part := text(config, key, 50)))
-    return {
-        "image": {
-            "name": chosen.name,
-            "digest": chosen.digest,
-            "platform": platform,
-            "created": text(config, "created", 100),
-        },
-        "configuration": {
-            "user": text(inner, "User"),
-            "working_directory": text(inner, "WorkingDir"),
-            "stop_signal": text(inner, "StopSignal"),
-            "entrypoint": _texts(inner.get("Entrypoint")),
-            "command": _texts(inner.get("Cmd")),
-            "environment": _redacted(_texts(inner.get("Env"))),
-            "ports": _texts(inner.get("ExposedPorts")),
-            "volumes": _texts(inner.get("Volumes")),
-            "labels": [
-                f"{key[:200]}={str(value)[:500]}" for key, value in list(labels.items())[:200]
-            ] if isinstance(labels, dict) else [],
-        },
-        "history": [
-            {
-                "by": text(step, "created_by"),
-                "created": text(step, "created", 100),
-                "empty": step.get("empty_layer") is True,
-            }
-            for step in (history if isinstance(history, list) else [])[:500]
-            if isinstance(step, dict)
-        ],
-    }  # fmt: skip
-
-
-_SECRET_WORDS = ("PASSWORD", "PASSWD", "SECRET", "TOKEN", "APIKEY", "API_KEY", "ACCESS_KEY", "PRIVATE_KEY")
-_MASKED = re.compile(r".{4}\.\.\. \(\d+ characters\)", re.DOTALL)
-"""What `_short` makes of a secret."""
-
-
-def _redacted(variables: list[str]) -> list[str]:
-    shown = []
-    for one in variables:
-        key, _, value = one.partition("=")
-        hide = len(value) >= 6 and any(word in key.upper() for word in _SECRET_WORDS)
-        # What the machine has masked is no secret any more.
-        shown.append(f"{key}={_short(value)}" if hide and not _MASKED.fullmatch(value) else one)
-    return shown
-
-
 class _Asked:
     """The options, checked before anything is made."""
 
@@ -280,7 +176,15 @@ class _Asked:
                 f"--fail-on {self.grade!r} is not offered", f"one of {_GRADES.replace('|', ', ')}"
             )
         self.seconds = values.whole(arguments.value("timeout") or str(_SECONDS), "--timeout", least=1)
-        self.memory = values.container_memory(arguments.value("memory") or "1g")
+        memory = arguments.value("memory")
+        self.memory = values.container_memory(memory or "1g")
+        self.signatures: Signatures | None = None
+        database = arguments.value("clamav_database")
+        if database is not None or arguments.flag("clamav"):
+            from kata.cli import inspect_clamav
+
+            self.signatures = inspect_clamav.signatures(database or inspect_clamav.DIRECTORY)
+            self.memory = inspect_clamav.sized(self.signatures, self.memory, given=memory)
         platform = arguments.value("platform")
         self.platform = platforms.parse(platform) if platform else platforms.host()
         self.quiet = arguments.flag("quiet")
@@ -298,10 +202,24 @@ class _Asked:
             raise UsageError(
                 f"--{printed[0]} and --{printed[1]} cannot both be printed", "write one to a file"
             )
-        if arguments.flag("shell") and (self.files or self.json or self.runs or against or self.grade):
+        reports = self.files or self.json or self.runs or against or self.grade or self.signatures
+        if arguments.flag("shell") and reports:
             raise UsageError("--shell makes no report", "leave the other options out")
         limits = limits_from_environment()
         self.bounds = {"bytes": limits.size, "entries": limits.entries, "seconds": self.seconds}
+
+    @property
+    def further(self) -> dict[str, int]:
+        """What the machine is told besides the images."""
+        told: dict[str, int] = {"run_seconds": _RUN_S} if self.runs else {}
+        if self.signatures is not None:
+            told["clamav_seconds"] = self.seconds
+        return told
+
+    @property
+    def together(self) -> int:
+        """How long all of it may take, in seconds."""
+        return self.seconds + sum(self.further.values())
 
 
 _FORMATS = ("html", "sarif", "cyclonedx", "spdx")
@@ -318,14 +236,22 @@ def _machine(asked: _Asked, command: list[str], *, shell: bool) -> tuple[Contain
         chosen = [
             stack.enter_context(_selected(name, asked.platform, quiet=asked.quiet)) for name in asked.names
         ]
+        scanner = _scanner(asked)
         programs = inspect_machine.tools({"busybox": inspect_machine.busybox()} if shell else None)
 
         def fill(path: str) -> list[dict[str, Any]]:
-            handover.write(path, chosen, asked.bounds, {"run_seconds": _RUN_S} if asked.runs else {})
+            handover.write(path, chosen, asked.bounds, asked.further)
             disks = [{"path": path, "serial": "image"}]
             for number, one in enumerate(chosen):
                 if one.erofs:
                     disks.append({"path": one.erofs, "serial": handover.serial_of(number)})
+            if asked.signatures is not None:
+                from kata.cli import inspect_clamav
+
+                signatures = os.path.join(os.path.dirname(path), "signatures.img")
+                inspect_clamav.write_disk(signatures, asked.signatures)
+                disks.append({"path": scanner, "serial": "clamav"})
+                disks.append({"path": signatures, "serial": "signatures"})
             return disks
 
         container = inspect_machine.make(
@@ -334,13 +260,22 @@ def _machine(asked: _Asked, command: list[str], *, shell: bool) -> tuple[Contain
         return container, chosen
 
 
+def _scanner(asked: _Asked) -> str:
+    """The disk with ClamAV's scanner; empty if it was not asked for."""
+    if asked.signatures is None:
+        return ""
+    from kata.cli import inspect_clamav
+
+    return inspect_clamav.scanner(lambda text: None if asked.quiet else print(text, file=sys.stderr))
+
+
 def _report(asked: _Asked) -> dict[str, Any]:
     """Have the images read; the document of ``--json``."""
     from kata import __version__
     from kata.cli import inspect_machine, inspect_schema
 
     container, chosen = _machine(asked, ["/inspector", "report"], shell=False)
-    images = [described(one) for one in chosen]
+    images = [inspect_configuration.described(one) for one in chosen]
     report: dict[str, Any] = {
         "format": 1,
         "tool": f"kata {__version__}",
@@ -348,26 +283,31 @@ def _report(asked: _Asked) -> dict[str, Any]:
         "problem": "",
         "found": None,
     }
-    seconds = asked.seconds + (_RUN_S if asked.runs else 0)
     answer = inspect_machine.run(
-        container, seconds, None if asked.quiet else _progress(images[0]["image"]["name"])
+        container, asked.together, None if asked.quiet else _progress(images[0]["image"]["name"])
     )
     if not answer.problem and answer.status:
         said = answer.errors.decode("utf-8", "replace").strip()[:500]
         answer.problem = f"the inspector failed with status {answer.status}: {said or 'it does not say why'}"
     if not answer.problem:
         try:
-            content = inspect_schema.parse(answer.output, len(images))
+            content = inspect_schema.parse(answer.output, len(images), set(asked.further))
         except ImageError as error:
             answer.problem = error.message
         else:
             images = [
-                described(one, found.pop("masks"))
+                inspect_configuration.described(one, found.pop("masks"))
                 for one, found in zip(chosen, content["images"], strict=True)
             ]
             report.update(images[0], found=content["images"][0])
             if "trace" in content:
                 report["trace"] = content["trace"]
+            if asked.signatures is not None:
+                from kata.cli import inspect_clamav
+
+                report["clamav"] = inspect_clamav.reported(asked.signatures, content["clamav"])
+                if report["clamav"]["problem"]:
+                    answer.problem = f"ClamAV has not seen all of it: {report['clamav']['problem']}"
             if len(images) > 1:
                 changes = _changes(images[1], images[0])
                 report["against"] = images[1]["image"]

@@ -6,6 +6,7 @@ HIGH, MEDIUM, LOW, NOTE = "high", "medium", "low", "note"
 SEVERITIES = (HIGH, MEDIUM, LOW, NOTE)
 
 KINDS: dict[str, tuple[str, str]] = {
+    "malware": (HIGH, "a file that ClamAV has a signature of"),
     "secret": (HIGH, "text that looks like a key or a password"),
     "secret-in-configuration": (HIGH, "a password in the image's configuration or history"),
     "path-escape": (HIGH, "a member of a layer that tries to leave the root directory"),

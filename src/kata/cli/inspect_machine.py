@@ -25,7 +25,7 @@ from kata.storage import whole_file
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from typing import Any
 
     from kata.cli.records import Container
@@ -54,8 +54,6 @@ def tools(extra: dict[str, bytes] | None = None) -> str:
         GuestAssetError: The inspector has not been built.
         HostError: The cache cannot be written.
     """
-    from kata.storage.erofs import Node, Writer
-
     path = paths.inspector_binary()
     try:
         with open(path, "rb") as file:
@@ -69,42 +67,69 @@ def tools(extra: dict[str, bytes] | None = None) -> str:
     for name, data in sorted(programs.items()):
         digest.update(name.encode() + len(data).to_bytes(8, "little") + data)
     target = os.path.join(paths.cache_dir(), f"inspector-{digest.hexdigest()[:16]}.erofs")
-    if os.path.exists(target):
-        return target
+    if not os.path.exists(target):
+        cached(target, {name: (len(data), [data]) for name, data in programs.items()}, _DIRECTORIES)
+    return target
+
+
+def cached(
+    target: str, files: Mapping[str, tuple[int, Iterable[bytes]]], directories: Sequence[str] = ()
+) -> None:
+    """Make a disk of the cache, unless another command is faster; see `write_files`.
+
+    Raises:
+        HostError: The cache cannot be written.
+    """
     try:
-        os.makedirs(paths.cache_dir(), exist_ok=True)
-        spool_directory = os.path.dirname(target)
-        with (
-            whole_file.alone(target + ".lock", lambda: None),
-            whole_file.nameless(target) as fd,
-            tempfile.TemporaryFile(dir=spool_directory) as spool,
-        ):
-            writer = Writer(fd, spool.fileno())
-            root = Node(stat.S_IFDIR | 0o755)
-            assert root.children is not None
-            for name in _DIRECTORIES:
-                root.children[name.encode()] = directory = Node(stat.S_IFDIR | 0o755)
-                directory.nlink = 1
-                if name == "etc":
-                    for file_name in (b"hosts", b"hostname", b"resolv.conf"):
-                        _add_file(writer, directory, file_name, b"", 0o644)
-            for name, data in programs.items():
-                _add_file(writer, root, name.encode(), data, 0o755)
-            writer.finish(root, bytes.fromhex(digest.hexdigest()[:32]))
-            os.fsync(fd)
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        with whole_file.alone(target + ".lock", lambda: None):
+            write_files(target, files, directories)
     except FileExistsError:
         pass  # another command was faster
     except OSError as error:
         raise changes.storage_error(error) from error
-    return target
 
 
-def _add_file(writer: Any, parent: Any, name: bytes, data: bytes, mode: int) -> None:
+def write_files(
+    target: str, files: Mapping[str, tuple[int, Iterable[bytes]]], directories: Sequence[str] = ()
+) -> None:
+    """Make a disk (erofs) with some files, all of which may be executed.
+
+    Args:
+        target: The disk's file, which is there when it is whole.
+        files: Size and content by name.
+        directories: Names of directories; ``etc`` has the files that an engine fills.
+
+    Raises:
+        FileExistsError: There is such a file already.
+        OSError: It cannot be written.
+    """
+    from kata.storage.erofs import Node, Writer
+
+    spool_directory = os.path.dirname(target)
+    digest = hashlib.sha256(repr([(name, size) for name, (size, _) in files.items()]).encode())
+    with whole_file.nameless(target) as fd, tempfile.TemporaryFile(dir=spool_directory) as spool:
+        writer = Writer(fd, spool.fileno())
+        root = Node(stat.S_IFDIR | 0o755)
+        assert root.children is not None
+        for name in directories:
+            root.children[name.encode()] = directory = Node(stat.S_IFDIR | 0o755)
+            directory.nlink = 1
+            if name == "etc":
+                for file_name in (b"hosts", b"hostname", b"resolv.conf"):
+                    _add_file(writer, directory, file_name, 0, [], 0o644)
+        for name, (size, chunks) in files.items():
+            _add_file(writer, root, os.fsencode(name), size, chunks, 0o755)
+        writer.finish(root, digest.digest()[:16])
+        os.fsync(fd)
+
+
+def _add_file(writer: Any, parent: Any, name: bytes, size: int, chunks: Iterable[bytes], mode: int) -> None:
     from kata.storage.erofs import Node
 
     node = Node(stat.S_IFREG | mode)
     node.nlink = 1
-    writer.store(node, len(data), [data] if data else [])
+    writer.store(node, size, chunks)
     parent.children[name] = node
 
 

@@ -12,6 +12,7 @@ from kata.errors import ImageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Collection
     from typing import Any
 
 TEXT = 1200
@@ -92,15 +93,19 @@ _TRACE = {
     "truncated": _B,
 }
 _REPORT = {"format": _N, "images": _List(_IMAGE, 2), "milliseconds": _N}
-_FURTHER = {"difference": _DIFFERENCE, "trace": _TRACE}
+_CLAMAV = {"files": _N, "signatures": _N, "seconds": _N, "problem": _T}
+_FURTHER = {"difference": _DIFFERENCE, "trace": _TRACE, "clamav": _CLAMAV}
+_OWED = {"clamav_seconds": "clamav"}
+"""Member of the plan -> member that the report has then, and only then."""
 
 
-def parse(data: bytes, images: int) -> dict[str, Any]:
+def parse(data: bytes, images: int, asked: Collection[str] = ()) -> dict[str, Any]:
     """Parse and check a report.
 
     Args:
         data: What the machine sent.
         images: How many images it was given.
+        asked: What it was told besides: members of the plan.
 
     Raises:
         ImageError: It is no such report.
@@ -113,6 +118,9 @@ def parse(data: bytes, images: int) -> dict[str, Any]:
         raise ImageError("the machine sent no report that can be read")
     shape = dict(_REPORT)
     shape.update({key: _FURTHER[key] for key in _FURTHER if key in content})
+    for told, owed in _OWED.items():
+        if (told in asked) != (owed in content):
+            raise _wrong(f"report.{owed}")
     _check(content, shape, "report")
     if content["format"] != 1 or len(content["images"]) != images:
         raise ImageError("the machine sent the report of another program")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from kata.cli import inspect_kinds, table
+from kata.cli import inspect_clamav, inspect_kinds, table
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -81,6 +81,8 @@ def text(report: dict[str, Any]) -> str:
         f" {totals['links']} links; {totals['programs']} programs, {totals['libraries']} libraries"
     )
     _summary(page, report)
+    if report.get("clamav"):
+        page.line(f"scanned    {inspect_clamav.line(report['clamav'])}")
     _configuration(page, report)
     _layers(page, report)
     _packages(page, found)

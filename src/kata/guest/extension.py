@@ -25,7 +25,7 @@ NAMES = ("iptables",)
 _PACKAGES = ("iptables", "libxtables12", "libmnl0", "libnftnl11", "libc6")
 _PROGRAM = "xtables-nft-multi"
 _COMMANDS = ("iptables-save", "iptables-restore", "ip6tables-save", "ip6tables-restore")
-_LOADER = "ld-linux-x86-64.so.2"
+LOADER = "ld-linux-x86-64.so.2"
 _LIBRARIES = "usr/lib/x86_64-linux-gnu"
 _MATCHES = ("libip6t_", "libipt_", "libxt_")
 """Modules for IPv4 and IPv6; those for ARP and bridges have commands of their own."""
@@ -74,27 +74,50 @@ def build(name: str, progress: Progress) -> Extension:
         for package in map(packages.describe, _PACKAGES):
             packages.unpack(packages.fetch(package, progress.note), work)
             sources[package.name] = package.version
-        return Extension(name, pack(name, _files(work)), sources)
+        return Extension(name, pack(name, files_below(work, _PROGRAM)), sources)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _files(directory: str) -> dict[str, str]:
-    """The programs and shared objects below a directory: file name to path, links included."""
+def files_below(directory: str, program: str) -> dict[str, str]:
+    """A program and the shared objects below a directory: file name to path, links included."""
     found = {}
     for base, _directories, names in os.walk(directory):
         for name in names:
-            if name == _PROGRAM or ".so" in name:
+            if name == program or ".so" in name:
                 found[name] = os.path.join(base, name)
     return found
 
 
-def pack(name: str, files: dict[str, str]) -> bytes:  # noqa: C901
+def take(name: str, files: dict[str, str], contents: dict[str, bytes]) -> bool:
+    """Add a file and every library that it needs to `contents`.
+
+    Args:
+        name: A file name.
+        files: Path by file name, from `files_below`.
+        contents: Content by file name; what is there already is left.
+
+    Returns:
+        Whether all of it is there; if not, the file itself has not been added.
+    """
+    if name in contents:
+        return True
+    if name not in files:
+        return False
+    with open(files[name], "rb") as file:
+        data = file.read()
+    if not all(take(library, files, contents) for library in needed(data)):
+        return False
+    contents[name] = data
+    return True
+
+
+def pack(name: str, files: dict[str, str]) -> bytes:
     """Make the archive of an extension from its program and what that needs.
 
     Args:
         name: Name of the extension.
-        files: Path by file name, as returned by `_files`.
+        files: Path by file name, from `files_below`.
 
     Returns:
         The archive.
@@ -104,25 +127,12 @@ def pack(name: str, files: dict[str, str]) -> bytes:  # noqa: C901
     """
     contents: dict[str, bytes] = {}
 
-    def take(name_of_file: str) -> bool:
-        """Add a file and what it needs; false if something is missing."""
-        if name_of_file in contents:
-            return True
-        if name_of_file not in files:
-            return False
-        with open(files[name_of_file], "rb") as file:
-            data = file.read()
-        if not all(take(library) for library in needed(data)):
-            return False
-        contents[name_of_file] = data
-        return True
-
-    if not take(_PROGRAM) or not take(_LOADER):
+    if not all(take(file, files, contents) for file in (_PROGRAM, LOADER)):
         raise GuestAssetError(f"Debian's packages do not hold {_PROGRAM} with all its libraries")
     # A module whose library is in none of the packages (connlabel) is left out; rules that use it are refused.
     for module in sorted(files):
         if module.startswith(_MATCHES):
-            take(module)
+            take(module, files, contents)
     root = f"ext/{name}"
     archive = Archive()
     for directory in ("proc", "run", "tmp"):
@@ -130,7 +140,7 @@ def pack(name: str, files: dict[str, str]) -> bytes:  # noqa: C901
     for file in sorted(contents):
         if file == _PROGRAM:
             archive.file(f"{root}/usr/sbin/{file}", contents[file], 0o755)
-        elif file == _LOADER:
+        elif file == LOADER:
             archive.file(f"{root}/lib64/{file}", contents[file], 0o755)
         else:
             below = "xtables/" if file.startswith(_MATCHES) else ""

@@ -111,16 +111,48 @@ def describe(name: str) -> Package:
     Raises:
         GuestAssetError: apt knows no such package, or none that can be downloaded.
     """
-    answer = _output(["apt-get", "download", "--print-uris", name], f"find the package {name}")
+    return describe_all([name])[0]
+
+
+def describe_all(names: list[str]) -> list[Package]:
+    """The same of several packages, in one question to apt, in the order of their names here.
+
+    Raises:
+        GuestAssetError: apt knows no such package, or none that can be downloaded.
+    """
+    shown = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+    answer = _output(["apt-get", "download", "--print-uris", *names], f"find the package {shown}")
+    found = {}
     for line in answer.splitlines():
         match = _URI_LINE.match(line.strip())
         if match is None:
             continue
         # The file name is name_version_architecture.deb, with the version's odd characters percent-encoded.
-        version = urllib.parse.unquote(match["file"].split("_")[1])
+        name, version = match["file"].split("_")[:2]
+        version = urllib.parse.unquote(version)
         kind = match["kind"].lower().replace("md5sum", "md5")
-        return Package(name, version, match["file"], int(match["size"]), (kind, match["digest"]))
-    raise GuestAssetError(f"apt offers no file for the package {name}", "apt-get update")
+        found[name] = Package(name, version, match["file"], int(match["size"]), (kind, match["digest"]))
+    for name in names:
+        if name not in found:
+            raise GuestAssetError(f"apt offers no file for the package {name}", "apt-get update")
+    return [found[name] for name in names]
+
+
+def dependencies(name: str) -> list[str]:
+    """The packages that one depends on, directly or not, sorted; packages that only a name stands for are left out.
+
+    Raises:
+        GuestAssetError: apt fails.
+    """
+    without = [
+        f"--no-{kind}" for kind in ("recommends", "suggests", "conflicts", "breaks", "replaces", "enhances")
+    ]
+    answer = _output(
+        ["apt-cache", "depends", "--recurse", *without, name], f"look up what {name} depends on"
+    )
+    # A package begins a line, "<name>" stands for one that others provide, "name:i386" is of another architecture.
+    found = {line.strip() for line in answer.splitlines() if re.match(r"[a-z0-9][^:]*$", line)}
+    return sorted(found - {name})
 
 
 def fetch(package: Package, note: Callable[[str], None]) -> str:
