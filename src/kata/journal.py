@@ -470,7 +470,9 @@ class Journal:
         if kind == "mount" and "id" in given:
             return {"ns": sysio.namespace_inode("mnt")}
         if kind == "mount":
-            found = sysio.mount_at(params["target"])
+            from kata import mount_table
+
+            found = mount_table.mount_at(params["target"])
             if found is None:
                 raise FileNotFoundError(errno.ENOENT, "not mounted", params["target"])
             return {"ns": sysio.namespace_inode("mnt"), "id": found.mount_id, "dev": found.device}

@@ -344,7 +344,9 @@ def _undo_mount(params: dict[str, Any], identity: dict[str, Any] | None, deadlin
     if identity is not None and identity["ns"] != sysio.namespace_inode("mnt"):
         # It was made in an engine's own mount namespace, which has ended with its processes.
         return ""
-    for entry in reversed(sysio.mounts()):
+    from kata import mount_table
+
+    for entry in reversed(mount_table.mounts()):
         if entry.target != params["target"]:
             continue
         if identity is not None:
@@ -365,7 +367,9 @@ def _undo_netns(params: dict[str, Any], identity: dict[str, Any] | None, deadlin
         status = os.stat(path)
     except FileNotFoundError:
         return ""
-    bound = sysio.mount_at(os.path.realpath(path))
+    from kata import mount_table
+
+    bound = mount_table.mount_at(os.path.realpath(path))
     if bound is not None and bound.fstype == "nsfs" and _is_ours(status, params, identity):
         sysio.umount2(path, sysio.MNT_DETACH | sysio.UMOUNT_NOFOLLOW)
         os.unlink(path)
@@ -388,7 +392,11 @@ def _undo_one_cgroup(params: dict[str, Any], identity: dict[str, Any] | None, de
     path = params["path"]
     if not os.path.lexists(path) and params.get("inside"):
         # It was made through a mount in its engine's namespace only; the hierarchy is the same in any other mount.
-        mounted = next((m.target for m in sysio.mounts() if m.fstype == "cgroup2" and m.root == "/"), "")
+        from kata import mount_table
+
+        mounted = next(
+            (m.target for m in mount_table.mounts() if m.fstype == "cgroup2" and m.root == "/"), ""
+        )
         if mounted:
             return _remove_cgroup(mounted + params["inside"], params, identity, deadline)
         return _remove_hidden_cgroup(params, identity, deadline)

@@ -198,6 +198,22 @@ def syscall(number: int, *arguments: object) -> int:
     return _check(_c().syscall(ctypes.c_long(number), *arguments))
 
 
+def number_of(name: str, numbers: dict[str, int]) -> int:
+    """The number of a system call here.
+
+    Args:
+        name: For the error: ``bpf(2)``.
+        numbers: By the names of machines (uname(2)).
+
+    Raises:
+        OSError: It is not known for this architecture (ENOSYS).
+    """
+    machine = os.uname().machine
+    if machine not in numbers:
+        raise OSError(errno.ENOSYS, f"{name} is not known for {machine}")
+    return numbers[machine]
+
+
 def prctl(option: int, arg2: int = 0, arg3: int = 0, arg4: int = 0, arg5: int = 0) -> int:
     """prctl(2) with integer arguments."""
     libc, u = _c(), ctypes.c_ulong
@@ -780,39 +796,6 @@ def address_of(buffer: object) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(buffer))  # type: ignore[arg-type]
 
 
-def bpf(command: int, attributes: bytes) -> int:
-    """bpf(2) with the command's packed `union bpf_attr`. Returns what the command returns."""
-    numbers = {"x86_64": 321, "aarch64": 280}
-    machine = os.uname().machine
-    if machine not in numbers:
-        raise OSError(errno.ENOSYS, f"bpf(2) is not known for {machine}")
-    libc = _c()
-    buffer = ctypes.create_string_buffer(attributes, len(attributes))
-    size = ctypes.c_uint(len(attributes))
-    return _check(libc.syscall(ctypes.c_long(numbers[machine]), command, buffer, size))
-
-
-def perf_event_open(kind: int, config: int) -> int:
-    """perf_event_open(2): a disabled event of this process, on any processor. Returns its descriptor."""
-    numbers = {"x86_64": 298, "aarch64": 241}
-    machine = os.uname().machine
-    if machine not in numbers:
-        raise OSError(errno.ENOSYS, f"perf_event_open(2) is not known for {machine}")
-    size = 112
-    disabled, user_only = 1 << 0, 1 << 5 | 1 << 6  # disabled; exclude_kernel, exclude_hv
-    attributes = (
-        kind.to_bytes(4, "little")
-        + size.to_bytes(4, "little")
-        + config.to_bytes(8, "little")
-        + bytes(24)
-        + (disabled | user_only).to_bytes(8, "little")
-    )
-    libc = _c()
-    buffer = ctypes.create_string_buffer(attributes.ljust(size, b"\0"), size)
-    number, close_on_exec = ctypes.c_long(numbers[machine]), ctypes.c_ulong(8)
-    return _check(libc.syscall(number, buffer, 0, -1, -1, close_on_exec))
-
-
 def clock_change_timer() -> int:
     """timerfd_create(2): a descriptor that is readable once the system's clock has been set, or the system has slept.
 
@@ -827,146 +810,3 @@ def clock_change_timer() -> int:
         os.close(fd)
         raise
     return fd
-
-
-def bpf_prog_load(kind: int, attach_type: int, code: bytes, name: str) -> int:
-    """Load a BPF program (BPF_PROG_LOAD, see ``linux/bpf.h``).
-
-    Args:
-        kind: BPF_PROG_TYPE_*.
-        attach_type: BPF_* attach type for which the program is verified.
-        code: Its instructions, eight bytes each.
-        name: At most 15 characters.
-
-    Returns:
-        The program's descriptor.
-    """
-    _c()
-    instructions = ctypes.create_string_buffer(code, len(code))
-    licence = ctypes.create_string_buffer(b"Apache-2.0")
-    fields = (
-        kind.to_bytes(4, "little")
-        + (len(code) // 8).to_bytes(4, "little")
-        + ctypes.addressof(instructions).to_bytes(8, "little")
-        + ctypes.addressof(licence).to_bytes(8, "little")
-        + bytes(24)  # no log, no version, no flags
-        + name.encode()[:15].ljust(16, b"\0")
-        + bytes(4)
-        + attach_type.to_bytes(4, "little")
-    )
-    fd = bpf(5, fields)
-    os.set_inheritable(fd, False)
-    return fd
-
-
-def bpf_on_cgroup(directory: str, kind: int, attach_type: int, code: bytes, name: str) -> None:
-    """Load a program and attach it to a cgroup (BPF_PROG_ATTACH).
-
-    It replaces one that was attached there in the same way, and is released with the cgroup.
-
-    Args:
-        directory: Directory of the cgroup.
-        kind: BPF_PROG_TYPE_*.
-        attach_type: BPF_* attach type.
-        code: Its instructions, eight bytes each.
-        name: At most 15 characters.
-    """
-    program = bpf_prog_load(kind, attach_type, code, name)
-    try:
-        cgroup = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            values = (cgroup, program, attach_type, 0)
-            bpf(8, b"".join(value.to_bytes(4, "little") for value in values))
-        finally:
-            os.close(cgroup)
-    finally:
-        os.close(program)
-
-
-# ---- mounts ----
-
-
-class MountInfo:
-    """One line of ``/proc/PID/mountinfo`` (proc(5))."""
-
-    __slots__ = (
-        *("device", "fstype", "mount_id", "options", "propagation", "root", "source", "super_options"),
-        "target",
-    )
-
-    def __init__(
-        self,
-        mount_id: int,
-        device: str,
-        root: str,
-        target: str,
-        options: str,
-        propagation: str,
-        fstype: str,
-        source: str,
-        super_options: str = "",
-    ) -> None:
-        self.mount_id = mount_id
-        self.device = device
-        self.root = root
-        self.target = target
-        self.options = options
-        self.propagation = propagation
-        self.fstype = fstype
-        self.source = source
-        self.super_options = super_options
-
-
-def _unescape(field: str) -> str:
-    if "\\" not in field:
-        return field
-    parts = field.split("\\")
-    text = parts[0]
-    for part in parts[1:]:
-        text += chr(int(part[:3], 8)) + part[3:]
-    return text
-
-
-def _escape(name: str) -> str:
-    for char in "\\ \t\n":  # the backslash first: the others become one
-        name = name.replace(char, f"\\{ord(char):03o}")
-    return name
-
-
-def _parse_mount(line: str) -> MountInfo:
-    fields = line.rstrip("\n").split(" ")
-    dash = fields.index("-", 6)
-    return MountInfo(
-        int(fields[0]),
-        fields[2],
-        _unescape(fields[3]),
-        _unescape(fields[4]),
-        fields[5],
-        " ".join(fields[6:dash]),
-        fields[dash + 1],
-        _unescape(fields[dash + 2]) if len(fields) > dash + 2 else "",
-        fields[dash + 3] if len(fields) > dash + 3 else "",
-    )
-
-
-def mounts(pid: int | str = "self") -> list[MountInfo]:
-    """The mounts in a process's mount namespace, in the order of the kernel's list."""
-    # The kernel escapes spaces, tabs, newlines and backslashes in names; other white space in names does not separate.
-    with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="surrogateescape", newline="\n") as lines:
-        return [_parse_mount(line) for line in lines]
-
-
-def mount_at(target: str) -> MountInfo | None:
-    """The topmost mount at exactly this path in our mount namespace; None if there is none."""
-    # Parsing every line of a long list takes ten times as long as reading it.
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
-        text = file.read()
-    wanted = f" {_escape(target)} "
-    end = len(text)
-    while (at := text.rfind(wanted, 0, end)) >= 0:
-        line = text[text.rfind("\n", 0, at) + 1 : text.index("\n", at)]
-        found = _parse_mount(line)
-        if found.target == target:  # otherwise the path is the root, or the source, of another mount
-            return found
-        end = at + len(wanted) - 1
-    return None

@@ -26,7 +26,7 @@ from test_confinement import (
 )
 from waiting import until
 
-from kata import confinement, sysio
+from kata import confinement, mount_table
 from kata.hypervisor import virtiofsd
 
 NAMES = {"qemu": [], "cloud-hypervisor": ["disks", "state"], "firecracker": ["disks", "state"]}
@@ -80,7 +80,7 @@ def test_what_a_hypervisor_is_left_with(
             its_own = target.startswith((state, directory)) or target.endswith(".erofs")
             its_own = its_own or os.path.basename(target).startswith(("vmlinux-", "initrd-"))
             assert its_own or target.startswith(UNNAMED) or target.endswith(DEVICES), target
-        assert {one.target for one in sysio.mounts(pid)} <= {"/", "/dev"} | {
+        assert {one.target for one in mount_table.mounts(pid)} <= {"/", "/dev"} | {
             f"/{one}" for one in NAMES[name]
         }
 

@@ -16,7 +16,7 @@ import pytest
 from conftest import Kata
 from waiting import PATIENCE, until
 
-from kata import sysio
+from kata import mount_table, sysio
 
 ALONE = ("--network", "none")
 FOREVER = "trap 'exit 0' TERM; while :; do sleep 0.5; done"
@@ -114,7 +114,7 @@ def test_the_network_helper_is_in_a_cgroup_of_version_2(kvm_kata: Kata, busybox_
         [helper] = [pid for pid in children if "passt" in Path(f"/proc/{pid}/comm").read_text()]
         [line] = Path(f"/proc/{helper}/cgroup").read_text().splitlines()
         own = Path("/proc/self/cgroup").read_text().split("::")[1].strip()
-        mounted = next(m.target for m in sysio.mounts() if m.fstype == "cgroup2")
+        mounted = next(m.target for m in mount_table.mounts() if m.fstype == "cgroup2")
         directory = Path(mounted + line.split("::")[1])
         assert directory.is_dir()
         assert line.split("::")[1] != own

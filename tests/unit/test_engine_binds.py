@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 from test_engine_volumes import in_child, share_of
 
-from kata import journal_undo, sysio
+from kata import journal_undo, mount_table, sysio
 from kata.cli import session
 from kata.engine.containers.binds import ContainerMounts
 from kata.engine.containers.spec import GUEST_RUN, GUEST_SHARE
@@ -108,18 +108,18 @@ def test_many_volumes_take_few_looks_at_the_list_of_mounts(
         sysio.mount("tmpfs", str(sources[7] / "below"), "tmpfs", 0, "")
         one = shared(journal)
         looks: list[str] = []
-        look, look_at = sysio.mounts, sysio.mount_at
+        look, look_at = mount_table.mounts, mount_table.mount_at
 
-        def noted(target: str) -> sysio.MountInfo | None:
+        def noted(target: str) -> mount_table.MountInfo | None:
             looks.append(target)
             return look_at(target)
 
-        def noted_all() -> list[sysio.MountInfo]:
+        def noted_all() -> list[mount_table.MountInfo]:
             looks.append("all")
             return look()
 
-        monkeypatch.setattr(sysio, "mounts", noted_all)
-        monkeypatch.setattr(sysio, "mount_at", noted)
+        monkeypatch.setattr(mount_table, "mounts", noted_all)
+        monkeypatch.setattr(mount_table, "mount_at", noted)
         found = one.add_all({"mounts": [bind(source, "/x", "ro") for source in sources]}, None)
         assert looks == ["all", "all"]
         # Read-only in the guest, too, but for the one that has a mount below, which is the host's to keep.
@@ -149,7 +149,7 @@ def test_memory_becomes_the_guests(journal: Journal, tmp_path: Path) -> None:
         (volume / ".sub").mkdir(mode=0o750)
         sysio.mount(str(volume / ".sub"), str(part), None, sysio.MS_BIND)
         sysio.mount("tmpfs", str(shm), "tmpfs", 0, "size=2m,mode=1777")
-        device = cast(sysio.MountInfo, sysio.mount_at(str(volume))).device.replace(":", "-")
+        device = cast(mount_table.MountInfo, mount_table.mount_at(str(volume))).device.replace(":", "-")
         one = shared(journal)
         mounts = [
             bind(volume, "/cache"),

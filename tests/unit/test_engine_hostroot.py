@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from apart import in_mounts
 
-from kata import journal_undo, sysio
+from kata import journal_undo, mount_table
 from kata.engine.containers import hostroot
 from kata.engine.containers.hostroot import HostRoot
 from kata.errors import HostError, UnsupportedError
@@ -24,7 +24,7 @@ def made(directory: Path, *mounts: Mount) -> tuple[HostRoot, Journal]:
 
 
 def mounted_at(path: Path) -> list[str]:
-    return [entry.fstype for entry in sysio.mounts() if entry.target == str(path)]
+    return [entry.fstype for entry in mount_table.mounts() if entry.target == str(path)]
 
 
 def layers(directory: Path, count: int, name: str = "layer") -> str:

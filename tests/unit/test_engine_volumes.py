@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from apart import in_mounts
 
-from kata import journal_undo, sysio
+from kata import journal_undo, mount_table, sysio
 from kata.engine.hostns import Namespaces
 from kata.engine.lifecycle import volumes
 from kata.engine.lifecycle.volumes import Share
@@ -44,7 +44,7 @@ def share_of(journal: Journal) -> Share:
 
 
 def options(path: str) -> set[str]:
-    found = sysio.mount_at(path)
+    found = mount_table.mount_at(path)
     assert found is not None
     return set(found.options.split(","))
 
@@ -104,7 +104,7 @@ def test_mounts_below_a_volume_are_as_restricted(
         late = tmp_path / "data" / "late"
         late.mkdir()
         sysio.mount("tmpfs", str(late), "tmpfs", 0, "")
-        assert sysio.mount_at(os.path.join(share.path, name, "late")) is None
+        assert mount_table.mount_at(os.path.join(share.path, name, "late")) is None
 
     in_child(work)
     assert not journal_undo.undo(journal)
@@ -206,8 +206,10 @@ def test_the_hosts_later_mounts_appear_where_they_are_wanted(journal: Journal, t
             os.read(go[0], 1)
             for name in (follows, apart):
                 assert Path(share.path, name, "below/file").read_text() == "below"
-            assert sysio.mount_at(os.path.join(os.path.realpath(share.path), follows, "late")) is not None
-            assert sysio.mount_at(os.path.join(os.path.realpath(share.path), apart, "late")) is None
+            assert (
+                mount_table.mount_at(os.path.join(os.path.realpath(share.path), follows, "late")) is not None
+            )
+            assert mount_table.mount_at(os.path.join(os.path.realpath(share.path), apart, "late")) is None
             assert "ro" in options(os.path.join(share.path, apart))
             assert "ro" not in options(os.path.join(share.path, apart, "below"))
             for name in (follows, apart):

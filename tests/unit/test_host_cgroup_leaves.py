@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kata import journal_undo, sysio
+from kata import journal_undo, mount_table
 from kata.errors import JournalError
 from kata.hypervisor import registry
 from kata.journal import FILE_NAME, Journal
@@ -198,7 +198,7 @@ def test_paths_below_a_mount(path: str, root: str, below: str) -> None:
 
 
 def test_the_mounts_that_were_found_are_cgroups() -> None:
-    kinds = {mount.target: mount for mount in sysio.mounts()}
+    kinds = {mount.target: mount for mount in mount_table.mounts()}
     for one in hierarchies():
         assert kinds[one.top].fstype == ("cgroup2" if one.version == 2 else "cgroup")
         assert os.getpid() in members(one.own)

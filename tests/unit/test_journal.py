@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kata import children, journal_undo, sysio
+from kata import children, journal_undo, mount_table, sysio
 from kata.errors import AlreadyExistsError, JournalError
 from kata.journal import Journal, process_identity
 from kata.journal_undo import reconcile, reconcile_sandboxes
@@ -401,7 +401,7 @@ def test_mounts_are_undone_by_identity(tmp_path: Path) -> None:
     busy = os.open(target / "file", os.O_RDONLY)
     assert journal_undo.undo(journal) == []
     os.close(busy)
-    assert sysio.mount_at(str(target)) is None
+    assert mount_table.mount_at(str(target)) is None
     assert not target.exists()
 
 
@@ -433,11 +433,11 @@ def test_a_mount_point_with_an_odd_name_is_found_and_undone(tmp_path: Path) -> N
     target.mkdir()
     journal = Journal.create(str(tmp_path / "journal"), {})
     journal.make_mount("", str(target), "tmpfs", sysio.MS_NOSUID | sysio.MS_NODEV)
-    found = sysio.mount_at(str(target))
+    found = mount_table.mount_at(str(target))
     assert found is not None
     assert found.fstype == "tmpfs"
     assert journal_undo.undo(journal) == []
-    assert sysio.mount_at(str(target)) is None
+    assert mount_table.mount_at(str(target)) is None
 
 
 @needs_root
@@ -448,7 +448,7 @@ def test_a_mount_without_identity(tmp_path: Path) -> None:
     journal.begin("mount", target=str(target), source="kata-test-x", fstype="tmpfs")
     sysio.mount("kata-test-x", str(target), "tmpfs")
     assert journal_undo.undo(journal) == []
-    assert sysio.mount_at(str(target)) is None
+    assert mount_table.mount_at(str(target)) is None
 
 
 @needs_root
@@ -485,7 +485,7 @@ def test_network_namespaces_and_taps(tmp_path: Path) -> None:
 @needs_root
 @pytest.mark.parametrize("hidden", [False, True])
 def test_cgroups_and_what_is_in_them(tmp_path: Path, hidden: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = next((m.target for m in sysio.mounts() if m.fstype == "cgroup2"), None)
+    base = next((m.target for m in mount_table.mounts() if m.fstype == "cgroup2"), None)
     if base is None:
         pytest.skip("needs a mounted cgroup v2 hierarchy")
     name = f"ktest-{os.urandom(3).hex()}"
@@ -497,7 +497,7 @@ def test_cgroups_and_what_is_in_them(tmp_path: Path, hidden: bool, monkeypatch: 
     if hidden:
         # As after an engine that had the hierarchy mounted for itself, on a host that has it nowhere.
         Path(journal.path).write_text(Path(journal.path).read_text().replace(f'"{path}"', f'"/gone/{name}"'))
-        monkeypatch.setattr(sysio, "mounts", lambda pid="self": [])
+        monkeypatch.setattr(mount_table, "mounts", lambda pid="self": [])
     os.mkdir(f"{path}/below")
     process = subprocess.Popen(["sleep", "600"])
     Path(f"{path}/below/cgroup.procs").write_text(str(process.pid))

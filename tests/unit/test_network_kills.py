@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from kata import journal_undo, paths, sysio
+from kata import journal_undo, mount_table, paths, sysio
 from kata.cli import main, networks
 from kata.journal import Journal
 from kata.network import bridge, held, members, resolver, user
@@ -106,7 +106,7 @@ def _nothing_left() -> None:
         found = [str(path) for path in Path(base, "networks").glob("*")]
         assert found == []
     below = f"{paths.run_dir()}/"
-    assert [mount.target for mount in sysio.mounts() if mount.target.startswith(below)] == []
+    assert [mount.target for mount in mount_table.mounts() if mount.target.startswith(below)] == []
     networks.let_go()
 
 

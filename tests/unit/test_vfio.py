@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from kata import journal_undo, pci_driver, sysio
+from kata import journal_undo, mount_table, pci_driver
 from kata.config import files
 from kata.engine import machine
 from kata.engine.containers import nodes
@@ -142,7 +142,7 @@ def test_what_the_host_uses_is_an_obstacle(kernel: Kernel, tmp_path: Path) -> No
     for name, flags in (("eth0", "0x1003"), ("eth1", "0x1002")):
         (nic / "net" / name).mkdir(parents=True)
         (nic / "net" / name / "flags").write_text(flags + "\n")
-    mounted = next(one for one in sysio.mounts(1) if one.target == "/").device
+    mounted = next(one for one in mount_table.mounts(1) if one.target == "/").device
     held = {}
     for number, where in enumerate(
         ("ata1/host0/target0:0:0/0:0:0:0/block/sdx", "nvme/nvme9/nvme9n1", "virtio3/block/vdx")
@@ -176,7 +176,7 @@ def test_a_file_system_that_does_not_tell_its_disk_is_an_obstacle(
     kernel: Kernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As with Btrfs, where a mount has another number than the disk below it."""
-    mounted = next(one for one in sysio.mounts(1) if one.target == "/").device
+    mounted = next(one for one in mount_table.mounts(1) if one.target == "/").device
     name = os.path.basename(os.path.realpath(f"/sys/dev/block/{mounted}"))
     if not os.path.exists(f"/dev/{name}"):
         pytest.skip("the root file system of this machine is on no disk that can be seen")

@@ -17,7 +17,7 @@ from conftest import Kata
 from podman_support import Podman, found
 from waiting import PATIENCE, until
 
-from kata import sysio
+from kata import mount_table
 
 pytestmark = needs_root
 
@@ -33,10 +33,10 @@ def builder(kata_env: Kata) -> Iterator[Kata]:
             {name: value for name, value in podman.env.items() if not name.startswith("KATA")}
         )
         yield kata_env
-        assert [mount.target for mount in sysio.mounts() if mount.target.startswith(below)] == []
+        assert [mount.target for mount in mount_table.mounts() if mount.target.startswith(below)] == []
         assert list((kata_env.run_dir / "sandboxes").glob("*")) == []
     finally:
-        for mount in reversed(sysio.mounts()):
+        for mount in reversed(mount_table.mounts()):
             if mount.target.startswith(below):
                 subprocess.run(["umount", "-l", mount.target], check=False)
         shutil.rmtree(directory)

@@ -14,7 +14,7 @@ import pytest
 from conftest import Kata
 from share_cases import SHARES, sharing
 
-from kata import confinement, sysio
+from kata import confinement, mount_table, sysio
 from kata.hypervisor.qemu.process import SHARE_CAPABILITIES
 from kata.resources import host_cgroup
 
@@ -153,7 +153,7 @@ def test_what_each_process_is_left_with(
         root = Path(f"/proc/{monitor}/root")
         assert not root.samefile("/")
         assert sorted(os.listdir(root)) == (["proc", "share"] if shares == "virtio-9p" else [])
-        mounts = [one.target for one in sysio.mounts(monitor)]
+        mounts = [one.target for one in mount_table.mounts(monitor)]
         assert all(target in ("/", "/proc/self/fd") or target.startswith("/share") for target in mounts)
         above = subprocess.run(
             ["nsenter", f"--mount=/proc/{monitor}/ns/mnt", "--root=" + str(root), "true"],

@@ -19,7 +19,7 @@ import pytest
 from netlab import HOST4, HOST6, INTERNET4, INTERNET6, Server, answer_a
 from waiting import PATIENCE
 
-from kata import journal_undo, sysio
+from kata import journal_undo, mount_table, sysio
 from kata.errors import HostError
 from kata.guest import manifest
 from kata.hypervisor.qemu import slots
@@ -396,7 +396,7 @@ def test_the_helper_ends_with_the_engine(
     os.close(pidfd)
     journal = Journal.open(path)
     below = [entry.params["inside"] for entry in journal.entries if entry.kind == "cgroup"]
-    base = next((m.target for m in sysio.mounts() if m.fstype == "cgroup2"), "")
+    base = next((m.target for m in mount_table.mounts() if m.fstype == "cgroup2"), "")
     assert below
     if base:
         assert all(os.path.isdir(base + inside) for inside in below)
@@ -406,7 +406,7 @@ def test_the_helper_ends_with_the_engine(
 
 def test_the_guard_refuses_what_it_should() -> None:
     """The BPF programs on the kernel's own terms: connect and sendto from inside the cgroup."""
-    base = next((m.target for m in sysio.mounts() if m.fstype == "cgroup2"), None)
+    base = next((m.target for m in mount_table.mounts() if m.fstype == "cgroup2"), None)
     if base is None:
         pytest.skip("needs a mounted cgroup v2 hierarchy")
     refused = [("127.0.0.1", 1), ("127.255.0.1", 53), ("0.0.0.0", 1), ("::1", 1), ("::", 1)]

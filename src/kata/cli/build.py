@@ -16,7 +16,7 @@ import subprocess
 import sys
 from contextlib import contextmanager, suppress
 
-from kata import launcher, paths, sysio
+from kata import launcher, mount_table, paths, sysio
 from kata.cli import manage, records
 from kata.cli.args import Command, Option
 from kata.errors import HostError, KataError, UnsupportedError, UsageError
@@ -219,7 +219,7 @@ class _Build:
     def _unmount(self) -> None:
         """Undo what the builder's storage mounts for as long as the host is up."""
         below = os.path.realpath(_directory()) + "/"
-        for mount in reversed(sysio.mounts()):
+        for mount in reversed(mount_table.mounts()):
             if mount.target.startswith(below):
                 sysio.umount2(mount.target, _DETACH)
 

@@ -31,7 +31,7 @@ def _from_perf() -> int:
     import mmap
 
     try:
-        fd = sysio.perf_event_open(_PERF_TYPE_SOFTWARE, _PERF_COUNT_SW_DUMMY)
+        fd = _perf_event_open(_PERF_TYPE_SOFTWARE, _PERF_COUNT_SW_DUMMY)
     except OSError:
         return 0
     try:
@@ -62,3 +62,21 @@ def _from_kvm() -> int:
     finally:
         for fd in reversed(opened):
             os.close(fd)
+
+
+def _perf_event_open(kind: int, config: int) -> int:
+    """perf_event_open(2): a disabled event of this process, on any processor. Returns its descriptor."""
+    import ctypes
+
+    number = sysio.number_of("perf_event_open(2)", {"x86_64": 298, "aarch64": 241})
+    size = 112
+    disabled, user_only = 1 << 0, 1 << 5 | 1 << 6  # disabled; exclude_kernel, exclude_hv
+    attributes = (
+        kind.to_bytes(4, "little")
+        + size.to_bytes(4, "little")
+        + config.to_bytes(8, "little")
+        + bytes(24)
+        + (disabled | user_only).to_bytes(8, "little")
+    )
+    buffer = ctypes.create_string_buffer(attributes.ljust(size, b"\0"), size)
+    return sysio.syscall(number, buffer, 0, -1, -1, ctypes.c_ulong(8))  # closed on exec

@@ -16,7 +16,7 @@ import errno
 import os
 import stat
 
-from kata import pci_driver, sysio
+from kata import mount_table, pci_driver
 from kata.errors import HostError, NotFoundError, StateError, UnsupportedError, UsageError
 
 TYPE_CHECKING = False
@@ -398,11 +398,11 @@ def _is_claimed(part: str) -> bool:
     return False
 
 
-def _host_mounts() -> list[sysio.MountInfo]:
+def _host_mounts() -> list[mount_table.MountInfo]:
     try:
-        return sysio.mounts(1)  # this process may have a mount namespace of its own
+        return mount_table.mounts(1)  # this process may have a mount namespace of its own
     except OSError:
-        return sysio.mounts()
+        return mount_table.mounts()
 
 
 def _text(path: str) -> str:

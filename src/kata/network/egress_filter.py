@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 
-from kata import sysio
+from kata import bpf, mount_table
 from kata.bpf import AND, EXIT, JUMP, JUMP_EQ32, JUMP_NE32, LOAD, MOV, assemble
 from kata.errors import HostError
 
@@ -139,7 +139,7 @@ def make_cgroup(journal: Journal, name: str, resolver4: bytes = b"", resolver6: 
             (_INET6_CONNECT, code6),
             (_UDP6_SENDMSG, code6),
         ):
-            sysio.bpf_on_cgroup(path, _CGROUP_SOCK_ADDR, attach_type, code, "kata_egress")
+            bpf.on_cgroup(path, _CGROUP_SOCK_ADDR, attach_type, code, "kata_egress")
     except OSError as error:
         raise HostError(
             "cannot keep the user network away from this host's loopback services: "
@@ -152,7 +152,7 @@ def make_cgroup(journal: Journal, name: str, resolver4: bytes = b"", resolver6: 
 def _hierarchy(journal: Journal) -> tuple[str, str]:
     """Return where the version 2 hierarchy is mounted and our place in it. If the host has not mounted it, it is
     mounted for this sandbox."""
-    mounted = next((m.target for m in sysio.mounts() if m.fstype == "cgroup2" and m.root == "/"), "")
+    mounted = next((m.target for m in mount_table.mounts() if m.fstype == "cgroup2" and m.root == "/"), "")
     if not mounted:
         mounted = os.path.join(os.path.dirname(journal.path), "cgroup2")
         journal.make_directory(mounted)

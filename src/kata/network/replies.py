@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 
-from kata import bpf, sysio
+from kata import bpf
 from kata.bpf import (
     ADD,
     AND,
@@ -162,7 +162,7 @@ def let_in(source: int, tap: int) -> None:
     Raises:
         OSError: The kernel lacks a feature, or refused.
     """
-    loaded = sysio.bpf_prog_load(_SCHED_CLS, 0, program(tap), "kata_replies")
+    loaded = bpf.load(_SCHED_CLS, 0, program(tap), "kata_replies")
     try:
         with rtnetlink.Rtnl() as rtnl:
             rtnl.filter_before_redirection(source, loaded)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import socket
 
-from kata import bpf, sysio
+from kata import bpf
 from kata.bpf import (
     ADD,
     AND,
@@ -161,19 +161,19 @@ def _attach(listeners: list[socket.socket]) -> int:
     held: list[int] = []
     try:
         # type, key size, value size (8: a socket's cookie can be asked for), entries
-        sockets = sysio.bpf(_MAP_CREATE, b"".join(n.to_bytes(4, "little") for n in (_SOCKMAP, 4, 8, 2)))
+        sockets = bpf.call(_MAP_CREATE, b"".join(n.to_bytes(4, "little") for n in (_SOCKMAP, 4, 8, 2)))
         held.append(sockets)
         for index, listener in enumerate(listeners):
             key, value = ctypes.c_uint32(index), ctypes.c_uint64(listener.fileno())
             pointers = (ctypes.addressof(key), ctypes.addressof(value), 0)
             fields = sockets.to_bytes(8, "little") + b"".join(n.to_bytes(8, "little") for n in pointers)
-            sysio.bpf(_MAP_UPDATE, fields)
-        loaded = sysio.bpf_prog_load(_SK_LOOKUP, _ATTACH_SK_LOOKUP, program(sockets), "kata_sk_lookup")
+            bpf.call(_MAP_UPDATE, fields)
+        loaded = bpf.load(_SK_LOOKUP, _ATTACH_SK_LOOKUP, program(sockets), "kata_sk_lookup")
         held.append(loaded)
         namespace = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         held.append(namespace)
         wanted = (loaded, namespace, _ATTACH_SK_LOOKUP, 0)
-        link = sysio.bpf(_LINK_CREATE, b"".join(n.to_bytes(4, "little") for n in wanted))
+        link = bpf.call(_LINK_CREATE, b"".join(n.to_bytes(4, "little") for n in wanted))
         os.set_inheritable(link, False)
         return link
     finally:

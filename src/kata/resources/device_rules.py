@@ -9,7 +9,7 @@ controller", and ``cgroup-v1/devices.rst``; Linux 4.15.
 
 from __future__ import annotations
 
-from kata import sysio
+from kata import bpf
 from kata.bpf import AND, EXIT, JUMP_NE, JUMP_SET, LOAD, MOV, MOV_REGISTER, SHIFT_RIGHT, assemble
 
 TYPE_CHECKING = False
@@ -92,4 +92,4 @@ def attach(directory: str, rules: Iterable[str]) -> None:
     Raises:
         OSError: Not permitted, or the kernel has no CONFIG_CGROUP_BPF.
     """
-    sysio.bpf_on_cgroup(directory, _PROGRAM_TYPE, _ATTACH_TYPE, program(rules), "kata_devices")
+    bpf.on_cgroup(directory, _PROGRAM_TYPE, _ATTACH_TYPE, program(rules), "kata_devices")

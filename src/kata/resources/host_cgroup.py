@@ -21,7 +21,7 @@ import errno
 import os
 import time
 
-from kata import sysio
+from kata import mount_table
 from kata.resources import systemd_scope
 
 TYPE_CHECKING = False
@@ -119,7 +119,7 @@ def _places(pid: str) -> dict[str, str]:
 def hierarchies() -> list[Hierarchy]:
     """The hierarchies of the controllers that we use; each controller is listed in only one of them."""
     place = _places("self")
-    mounted = sysio.mounts()
+    mounted = mount_table.mounts()
     found: list[Hierarchy] = []
     missing = list(CONTROLLERS)
     # Version 2 first. There is only one such hierarchy, however often it is mounted.
@@ -152,7 +152,7 @@ def others() -> list[tuple[str, list[str], str]]:
     taken = {one.top for one in hierarchies()}
     place = _places("self")
     found = []
-    for mount in sysio.mounts():
+    for mount in mount_table.mounts():
         names = [name for name in mount.super_options.split(",") if name in place and "=" not in name]
         if mount.fstype != "cgroup" or mount.target in taken or not names:
             continue
@@ -168,7 +168,7 @@ def join_cgroups_of(pid: int) -> None:
         OSError: One of them cannot be entered, or is not mounted here.
     """
     wanted, mine = _places(str(pid)), _places("self")
-    for mount in sysio.mounts():
+    for mount in mount_table.mounts():
         if mount.fstype not in ("cgroup2", "cgroup"):
             continue
         names = [""] if mount.fstype == "cgroup2" else mount.super_options.split(",")
@@ -490,7 +490,7 @@ def _directories_of(pid: int, unit: str) -> list[str]:
     """The directories of the systemd unit that a process is in, one for each hierarchy where the unit has one."""
     place = _places(str(pid))
     found = {}
-    for mount in sysio.mounts():
+    for mount in mount_table.mounts():
         if mount.fstype not in ("cgroup", "cgroup2"):
             continue
         names = [""] if mount.fstype == "cgroup2" else mount.super_options.split(",")

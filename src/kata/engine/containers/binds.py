@@ -22,7 +22,7 @@ import os
 import re
 import stat
 
-from kata import sysio
+from kata import mount_table
 from kata.engine.containers import copies, nodes, rootfs, spec
 from kata.engine.lifecycle.volumes import absent
 from kata.errors import ConfigError, HostError
@@ -359,16 +359,16 @@ class MountTable:
 
     __slots__ = ("_by_target", "volumes_in_memory")
 
-    def __init__(self, mounts: list[sysio.MountInfo] | None = None) -> None:
-        mounts = sysio.mounts() if mounts is None else mounts
+    def __init__(self, mounts: list[mount_table.MountInfo] | None = None) -> None:
+        mounts = mount_table.mounts() if mounts is None else mounts
         # Of two at one place the later one is uppermost.
         self._by_target = {entry.target: entry for entry in mounts}
-        self.volumes_in_memory: dict[str, sysio.MountInfo] = {}
+        self.volumes_in_memory: dict[str, mount_table.MountInfo] = {}
         for entry in mounts:
             if _IN_MEMORY in entry.target and entry.root == "/":
                 self.volumes_in_memory.setdefault(entry.device, entry)
 
-    def holding(self, path: str) -> sysio.MountInfo | None:
+    def holding(self, path: str) -> mount_table.MountInfo | None:
         """The mount that an absolute path without symbolic links is on."""
         while (found := self._by_target.get(path)) is None and path != "/":
             path = os.path.dirname(path)

@@ -230,13 +230,15 @@ class Share:
         Raises:
             HostError: One of them is gone, or the journal cannot be written.
         """
+        from kata import mount_table
+
         fresh = {entry.params["target"]: entry for entry in self._fresh}
         self._fresh.clear()
         base = os.path.realpath(self.path) + "/"
         wanted = set(names)
         found = set()
-        at: dict[str, sysio.MountInfo] = {}
-        for mount in sysio.mounts() if fresh or wanted else ():
+        at: dict[str, mount_table.MountInfo] = {}
+        for mount in mount_table.mounts() if fresh or wanted else ():
             if mount.target in fresh:
                 at[mount.target] = mount
             elif mount.target.startswith(base):
@@ -305,7 +307,9 @@ class Share:
         except OSError as error:
             if error.errno != errno.ENOSYS:
                 raise
-        for entry in sysio.mounts():
+        from kata import mount_table
+
+        for entry in mount_table.mounts():
             if entry.target == base or entry.target.startswith(base + "/"):
                 flags = sysio.MS_NOSUID | sysio.MS_NODEV
                 if readonly and (whole or entry.target == base):
