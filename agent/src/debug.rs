@@ -19,7 +19,7 @@ use crate::server::listen::{self, Address, Channel, Kind};
 use crate::sys::{self, CStringArray, Fd, Fork, RawFd};
 
 const SHELLS: &[&str] = &["/bin/bash", "/usr/bin/bash", "/bin/sh", "/usr/bin/sh"];
-const NO_SHELL: &[u8] = b"this guest has no shell: its initrd needs one as /debug/sh\r\n";
+const NO_SHELL: &[u8] = b"this guest has no shell: its initrd needs one as /bin/sh\r\n";
 
 /// Listeners beside the agent's own.
 #[derive(Default)]

@@ -10,7 +10,7 @@ import pytest
 
 from kata import sysio
 from kata.cli.args import Arguments
-from kata.errors import AlreadyExistsError, NotFoundError, UsageError
+from kata.errors import AlreadyExistsError, KataError, NotFoundError, UsageError
 from kata.oci_runtime import container_commands, containers, creation, observation, records
 from kata.oci_runtime.global_options import GlobalOptions
 from kata.oci_runtime.records import Record
@@ -192,3 +192,46 @@ def test_containers_of_two_roots_do_not_share_a_sandbox(monkeypatch: pytest.Monk
     assert own == "/run/kata/sandboxes/oci.c1"
     assert os.path.dirname(others) == os.path.dirname(own)
     assert others != own
+
+
+def test_an_exec_without_a_command_names_what_is_a_shell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KATA_RUN_DIR", str(tmp_path / "run"))
+    monkeypatch.setenv("KATA_STATE_DIR", str(tmp_path / "state"))
+    root = tmp_path / "root"
+    made(root)
+    for number, client in enumerate(
+        (
+            {"name": "kata"},
+            {"name": "containerd", "namespace": "k8s.io"},
+            {"name": "containerd", "namespace": "moby"},
+            {"name": "containerd", "namespace": "default"},
+        )
+    ):
+        directory = tmp_path / f"run/sandboxes/{number}-there"
+        directory.mkdir(parents=True)
+        (directory / "sandbox.json").write_text(json.dumps({"id": f"{number}abc", "client": client}))
+    options = GlobalOptions()
+    options.root = str(root)
+
+    def hint(reference: str, kind: type[KataError] = UsageError) -> str:
+        with pytest.raises(kind) as refused:
+            creation.HANDLERS["exec"](parsed("exec", reference), options)
+        return refused.value.hint
+
+    assert hint("c1") == "a shell of it: kata-runtime exec -t c1 sh"
+    shells = (
+        "kata exec -it 0abc sh",
+        "crictl exec -it CONTAINER sh",
+        "docker exec -it 2abc sh",
+        "nerdctl -n default exec",
+    )
+    for number, shell in enumerate(shells):
+        found = hint(f"{number}ab")
+        assert found.startswith(f"a shell of its container: {shell}")
+        assert found.endswith(f"kata-agent-ctl --sandbox {number}abc")
+    assert "kata ps" in hint("none", NotFoundError)
+    # With a command it is about a container of this command line, as ever.
+    with pytest.raises(NotFoundError, match="container '0abc' does not exist"):
+        creation.HANDLERS["exec"](parsed("exec", "0abc", "sh"), options)

@@ -95,8 +95,9 @@ COMMANDS = {
         most=None,
         interspersed=False,
         notes="In the original, 'exec' with a sandbox's id and no command is a shell of the guest, its debug\n"
-        "console. Here it is about containers alone: 'exec -t ID sh' is a shell of one. 'debug_console_enabled' in\n"
-        "[agent.kata] opens such a console of the guest on vsock port 1026 (with KVM).",
+        "console. Here it is about containers alone: 'exec -t ID sh' is a shell of one, and without a command\n"
+        "the error names the command for a sandbox of another client. The guest has no shell; where your own\n"
+        "initrd has one, it is on vsock port 1026 (with KVM, and 'debug_console_enabled' in [agent.kata]).",
     ),
     "state": _command("state", "ID", "Shows the state of a container, as JSON."),
     "kill": _command(

@@ -357,6 +357,10 @@ def _wait_for_child(pid: int, terminal: Foreground | None) -> int:
 
 
 def _exec(arguments: Arguments, options: GlobalOptions) -> int:
+    if len(arguments.rest) == 1 and not arguments.value("process"):
+        from kata.oci_runtime import debug_console
+
+        raise debug_console.refusal(options.state_root, arguments.rest[0])
     record = records.require(options.state_root, arguments.rest[0])
     _refuse(arguments)
     if arguments.flag("ignore_paused"):  # as with runc, whose process is in the frozen cgroup meanwhile
@@ -402,11 +406,6 @@ def _process(arguments: Arguments, record: Record) -> dict[str, Any]:
         )
         process["terminal"] = bool(process.get("terminal")) or arguments.flag("tty")
         return process
-    if not command:
-        raise UsageError(
-            "exec: no command, and no debug console of a sandbox is behind it here",
-            "kata-runtime exec ID COMMAND, or --process FILE; kata-runtime exec --help says what there is instead",
-        )
     config = _object(os.path.join(record.bundle, "config.json"), "its bundle has gone")
     process = dict(config.get("process") or {})
     process["args"] = command
