@@ -161,9 +161,15 @@ class Table:
             lines += ["", "| what differs | with | seen | why |", "|---|---|---|---|"]
         order = list(EXPECTED)
         for name, seen, reason in sorted(self._differing, key=lambda key: order.index(key[0])):
-            where = self._differing[name, seen, reason]
+            where = sorted(self._differing[name, seen, reason], key=_order)
             lines.append(f"| {name} | {', '.join(where)} | {seen} | {reason} |")
         return lines
+
+
+def _order(where: str) -> tuple[list[int], int]:
+    """``kata (5.4)`` -> its place in a list: by version, then by runtime."""
+    runtime, _, version = where.rstrip(")").partition(" (")
+    return [int(number) for number in version.split(".")], RUNTIMES.index(runtime)
 
 
 def _column(title: str) -> tuple[str, str]:

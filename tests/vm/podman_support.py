@@ -306,8 +306,11 @@ def _remove_cgroups(found: set[str]) -> None:
 
 
 def installed() -> Path | None:
-    """Where podman's packages are; None where they are nowhere."""
-    for base in (UNPACKED, Path("/")):
+    """Where podman's packages are; None where they are nowhere. KATA_TEST_PODMAN names the first place to look."""
+    places = [UNPACKED, Path("/")]
+    if chosen := os.environ.get("KATA_TEST_PODMAN"):
+        places.insert(0, Path(chosen))
+    for base in places:
         if (base / "usr/bin/podman").exists() and (base / "usr/bin/conmon").exists():
             return base
     return None
