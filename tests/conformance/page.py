@@ -18,7 +18,9 @@ OCI = "What the OCI's runtime-tools find"
 """The heading of the section that `oci_suite` writes."""
 RUNC = "What of runc's own tests passes"
 """The heading of the section that `runc_suite` writes."""
-BESIDE = (OCI, RUNC)
+CRIO = "What of critest passes with CRI-O"
+"""The heading of the section that `crio_suite` writes."""
+BESIDE = (CRIO, OCI, RUNC)
 
 
 class Key(NamedTuple):
@@ -161,8 +163,8 @@ def page(results: Mapping[Key, Result], versions: Versions, clients: list[str]) 
             runc = [results.get(Key(daemon, "runc", test)) for daemon in failed]
             outcomes = ", ".join(sorted({one.outcome for one in runc if one}))
             known = "with runc as well" if outcomes == "failed" else "not known"
-            why = reason(test) or f"{known}: {_short(_words(results[first].message))}"
-            lines.append(f"| {_title(test)} | {', '.join(failed)} | {outcomes} | {why} |")
+            why = reason(test) or f"{known}: {first_words(results[first].message)}"
+            lines.append(f"| {title(test)} | {', '.join(failed)} | {outcomes} | {why} |")
     lines += [
         "",
         *clients,
@@ -182,7 +184,7 @@ def page(results: Mapping[Key, Result], versions: Versions, clients: list[str]) 
             cells.append(both[0] if both[0] == both[1] else f"{both[0]}, {both[1]}")
             notes.append(_note(test, one, other))
         lines.append(
-            f"| {_title(test)} | {' | '.join(cells)} | {'; '.join(dict.fromkeys(filter(None, notes)))} |"
+            f"| {title(test)} | {' | '.join(cells)} | {'; '.join(dict.fromkeys(filter(None, notes)))} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -205,7 +207,8 @@ def _numbers(version: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", version)]
 
 
-def _title(test: str) -> str:
+def title(test: str) -> str:
+    """A test's name as the page has it."""
     return (
         test.removeprefix("[k8s.io] ")
         .replace("[Conformance]", "")
@@ -215,9 +218,9 @@ def _title(test: str) -> str:
     )
 
 
-def _words(message: str) -> str:
-    """What an error of gRPC's says in *message*; *message* where there is none."""
-    return message.partition("rpc error: ")[2] or message
+def first_words(message: str) -> str:
+    """The beginning of what an error of gRPC's says in *message*; of *message* where there is none."""
+    return _short(message.partition("rpc error: ")[2] or message)
 
 
 def _short(message: str) -> str:

@@ -1,0 +1,208 @@
+"""``make conformance A=--crio``: critest with CRI-O, with runc and with kata as both types of runtime.
+
+CRI-O is the one of `tests/vm/crio_support.py`, with the images and the registry of `rig`. Resumable as `main` is:
+``build/conformance/crio.jsonl``. The table goes into docs/conformance.md.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import critest
+import images
+import page
+from cni_support import write_network
+from crio_support import CONMON, PROGRAMS, Crio, lacks
+from oci_suite import STATE, Result, asked, written
+from rig import NAMES, PORT, ROOT, Registry
+
+from kata import __version__
+
+CRITEST = ROOT / "build/programs/usr/bin/critest"
+HANDLERS = {"runc": "runc", "kata": "kata, vm", "kata-oci": "kata, oci"}
+"""Handler -> the title of its column."""
+
+
+# Where root may not lower scores of the OOM killer, as in many containers, runc fails by the one that CRI-O wants for
+# pods. containerd has an option for that (restrict_oom_score_adj).
+_RUNC = """\
+#!/bin/sh
+set -e
+for word; do
+    if [ "$last" = --bundle ]; then
+        jq 'del(.process.oomScoreAdj)' "$word/config.json" >"$word/changed"
+        mv "$word/changed" "$word/config.json"
+    fi
+    last=$word
+done
+exec {runc} "$@"
+"""
+
+
+@contextmanager
+def running(guest: Path) -> Iterator[Crio]:
+    """CRI-O with three handlers, and a registry that has critest's images.
+
+    Args:
+        guest: The guest's directory.
+
+    Raises:
+        subprocess.CalledProcessError: A step failed.
+    """
+    directory = Path(tempfile.mkdtemp(prefix="kr", dir="/tmp"))
+    ports = {"type": "portmap", "capabilities": {"portMappings": True}, "snat": True}
+    networks = write_network(directory, "kr", "10.90.7.0/24", ports, hairpinMode=True, ipMasq=True)
+    # A user's own file has precedence, and this is the only user here with a home of its own.
+    mirrors = directory / "home/.config/containers/registries.conf"
+    mirrors.parent.mkdir(parents=True)
+    mirrors.write_text(
+        "".join(
+            f'[[registry]]\nprefix = "{name}"\nlocation = "127.0.0.1:{PORT}"\ninsecure = true\n'
+            for name in NAMES
+        )
+    )
+    runc = directory / "runc-here"
+    runc.write_text(_RUNC.format(runc=shutil.which("runc")))
+    runc.chmod(0o755)
+    handler = f"""\
+[crio.runtime.runtimes.runc]
+runtime_type = "oci"
+runtime_path = "{runc}"
+runtime_root = "{directory}/runc"
+monitor_path = "{CONMON}"
+monitor_cgroup = "pod"
+"""
+    busybox, pause = ROOT / "build/images/busybox", directory / "pause"
+    # A SIGTERM that a process 1 gets before it has a handler is lost, and CRI-O then waits as long as its caller does.
+    # Some tests leave a pod less time than an emulated guest takes from the start of a program to its main function.
+    waits = {"Cmd": ["/bin/busybox", "tail", "-f", "/dev/null"], "StopSignal": "SIGKILL"}
+    images.write(images.Image(waits), busybox, pause)
+    crio = Crio(directory, guest, busybox, networks, pause, handler)
+    crio.env["HOME"] = str(directory / "home")
+    crio.env.pop("XDG_CONFIG_HOME", None)
+    registry = Registry(directory, crio.around)
+    try:
+        crio.make_namespace()
+        registry.start()
+        crio.start()
+        yield crio
+    finally:
+        try:
+            crio.ask("rm", "-a", "-f")
+            crio.ask("rmp", "-a", "-f")
+            if left := crio.sandboxes():
+                sys.stderr.write(f"sandboxes are left: {', '.join(left)}\n")
+            shutil.copy(crio.log, STATE / "crio.log")
+        finally:
+            try:
+                registry.stop()
+            finally:
+                crio.remove()
+
+
+def unexplained(found: Mapping[tuple[str, str], Result]) -> list[str]:
+    """The tests that runc passes, and kata does not for no known reason."""
+    return [
+        f"{test} (handler {handler})"
+        for (test, handler), result in sorted(found.items())
+        if handler != "runc"
+        and result.outcome == "failed"
+        and not page.reason(test)
+        and found.get((test, "runc"), result).outcome == "passed"
+    ]
+
+
+def section(found: Mapping[tuple[str, str], Result], versions: str) -> list[str]:
+    """The section of the page.
+
+    Args:
+        found: (test, handler) -> its result.
+        versions: What they are of.
+    """
+    count = {
+        handler: Counter(result.outcome for (_, by), result in found.items() if by == handler)
+        for handler in HANDLERS
+    }
+    titles = " | ".join(HANDLERS.values())
+    lines = [
+        f"## {page.CRIO}",
+        "",
+        "The same suite with CRI-O, with runc and with kata as both types of runtime (`make conformance A=--crio`).",
+        versions,
+        "",
+        f"| | {titles} |",
+        "|---|---|---|---|",
+        *(
+            f"| {outcome} | {' | '.join(str(count[handler][outcome]) for handler in HANDLERS)} |"
+            for outcome in ("passed", "failed", "skipped")
+        ),
+        "",
+        f"| what does not pass | {titles} | why, or what was said |",
+        "|---|---|---|---|---|",
+    ]
+    for test in sorted({test for test, _ in found}):
+        results = [found.get((test, handler)) for handler in HANDLERS]
+        outcomes = [result.outcome if result else "not run" for result in results]
+        if "failed" in outcomes:
+            words = page.reason(test)
+            if not words:
+                last = next(result for result in reversed(results) if result and result.outcome == "failed")
+                with_runc = "with runc as well: " if outcomes[0] == "failed" else "not known: "
+                words = with_runc + page.first_words(last.failures[0])
+            lines.append(f"| {page.title(test)} | {' | '.join(outcomes)} | {words} |")
+    return [*lines, ""]
+
+
+def _versions(crio: Path) -> str:
+    def said(*command: str | Path) -> str:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    return (
+        f"critest {said(CRITEST, '-version').split('critest version: ')[-1].split()[0]},"
+        f" CRI-O {said(crio, '--version').split()[2]}, runc {said('runc', '--version').split()[2]}, kata {__version__}."
+    )
+
+
+def main() -> int:
+    """Run what has not been run, and write the table.
+
+    Returns:
+        1 when kata fails a test that runc passes for no known reason.
+    """
+    options, record = asked("--crio", __doc__, CRITEST, "tests")
+    if missing := lacks():
+        sys.exit(f"tools/conformance --crio: it needs {missing}")
+    tests = critest.tests(CRITEST, STATE)
+    todo = [
+        (test, handler)
+        for handler in reversed(HANDLERS)
+        for test in tests
+        if options.only in test and (test, handler) not in record.found
+    ]
+    if todo:
+        with running(Path(os.environ["KATA_GUEST_DIR"])) as crio:
+            for number, (test, handler) in enumerate(todo):
+                if crio.crashed:
+                    crio.start()
+                done = critest.run(CRITEST, test, handler, crio.endpoint, crio.around, STATE)
+                record.add(test, handler, Result(done.outcome, (done.message,), done.seconds))
+                print(
+                    f"{number + 1}/{len(todo)} {handler} {done.outcome} ({done.seconds:.0f} s): {test}",
+                    flush=True,
+                )
+                if done.outcome == "failed":
+                    print("    " + done.message[:300].replace("\n", "\n    "), flush=True)
+    found = {key: result for key, result in record.found.items() if key[0] in tests}
+    return written(page.CRIO, section(found, _versions(PROGRAMS / "crio")), unexplained(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
