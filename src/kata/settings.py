@@ -168,6 +168,7 @@ class HypervisorSettings(Part):
         ksm: The host may merge equal pages of the guest's memory and others'.
         reclaim: Give the host back what the guest frees.
         vhost_user_store: Where disks are that other processes serve; empty where containers get none.
+        map_images: The guest maps the image of its container from the host's page cache (virtio-pmem with DAX).
         options: The hypervisor's own, such as the path of its program: name and value.
         templates: Machines go on from templates where they can.
         template_path: Directory of these; empty is the default one.
@@ -180,6 +181,7 @@ class HypervisorSettings(Part):
         "console",
         "huge_pages",
         "ksm",
+        "map_images",
         "name",
         "options",
         "pool",
@@ -202,6 +204,7 @@ class HypervisorSettings(Part):
         ksm: bool = False,
         reclaim: bool = True,
         vhost_user_store: str = "",
+        map_images: bool = False,
         options: Mapping[str, Any] | None = None,
         templates: bool = True,
         template_path: str = "",
@@ -220,6 +223,7 @@ class HypervisorSettings(Part):
         self.ksm = ksm
         self.reclaim = reclaim
         self.vhost_user_store = vhost_user_store
+        self.map_images = map_images
         self.options = dict(options or {})
 
 
@@ -974,6 +978,13 @@ class SandboxSettings(Part):
         if self.machine is None:
             raise StateError(f"sandbox {self.id!r} has not been created")
         return self.machine
+
+    def image_path(self) -> str:
+        """The image of the store that the machine starts with, in its first disk slot; empty if it has none."""
+        own, first = self.container, self.disks[0] if self.disks else None
+        if own is None or own.rootfs is None or own.rootfs.kind != "erofs" or own.rootfs.lower_slot != 0:
+            return ""
+        return first.path if first is not None and first.readonly else ""
 
     def needs_share(self) -> bool:
         """Whether anything of the host is to be seen in the guest.

@@ -61,15 +61,14 @@ def _row(key: Key, conf: Configuration) -> dict[str, Any]:
     value = conf.get(key.full_name)
     if value and key.full_name in SECRET:
         value = "(not shown)"
-    idle = key.status == keys.IDLE and is_set and not key.means_nothing(value)
     return {
         "table": key.table,
         "key": key.name,
         "value": value if is_set else None,
         "default": key.default,
         "origin": conf.origin(key.full_name),
-        "effect": not idle and key.status == keys.ACTS,
-        "reason": key.text if key.status != keys.ACTS else "",
+        "effect": key.acts(value),
+        "reason": "" if key.acts(value) else key.text,
     }
 
 

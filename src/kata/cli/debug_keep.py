@@ -147,6 +147,7 @@ SANDBOX: Mapping[str, Any] = {
         "hypervisor": {
             "accel": VALUE, "name": VALUE, "console": VALUE, "prealloc": VALUE, "huge_pages": VALUE, "ksm": VALUE,
             "reclaim": VALUE, "templates": VALUE, "template_path": VALUE, "vhost_user_store": VALUE,
+            "map_images": VALUE,
             "pool": VALUE, "pool_free_mib": VALUE,
             "options": {"path": VALUE, "machine_type": VALUE, "cpu_features": VALUE, "firmware": VALUE,
                         "entropy_source": VALUE, "sandbox": VALUE},

@@ -272,9 +272,7 @@ def without_effect(values: dict[str, Any], hypervisor: str = "") -> list[str]:
     named = [
         name
         for name, value in values.items()
-        if (key := keys.find(name, hypervisor)) is not None
-        and key.status == keys.IDLE
-        and not key.means_nothing(value)
+        if (key := keys.find(name, hypervisor)) is not None and key.is_idle(value)
     ]
     if not named:
         return []

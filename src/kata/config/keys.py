@@ -48,12 +48,14 @@ class Key:
         text: What it means; of an idle or refused one, why it has no effect here.
         status: `ACTS`, `IDLE` or `REFUSED`.
         silent: Values of an idle or refused key that mean what happens here anyway.
+        acts_with: Values of an idle key that have an effect.
         choices: Allowed values; empty for any.
         least, most: Range of a number.
         table: Its table in a file.
     """
 
     __slots__ = (
+        "acts_with",
         "choices",
         "default",
         "kind",
@@ -77,6 +79,7 @@ class Key:
         status: str = ACTS,
         *,
         silent: Sequence[Any] = (),
+        acts_with: Sequence[Any] = (),
         choices: Sequence[str] = (),
         least: float | None = None,
         most: float | None = None,
@@ -88,6 +91,7 @@ class Key:
         self.text = text
         self.status = status
         self.silent = silent
+        self.acts_with = acts_with
         self.choices = choices
         self.least = 0 if least is None and kind in (INT, NUMBER) else least
         self.most = most
@@ -133,6 +137,14 @@ class Key:
     def means_nothing(self, value: object) -> bool:
         """Whether this value says what happens here anyway (or nothing at all)."""
         return value in ("", 0, False, [], {}) or value in self.silent
+
+    def is_idle(self, value: object) -> bool:
+        """Whether who has given this value should be told that it has no effect."""
+        return self.status == IDLE and not self.means_nothing(value) and value not in self.acts_with
+
+    def acts(self, value: object) -> bool:
+        """Whether the key has an effect with this value, or would have one with another."""
+        return self.status == ACTS or value in self.acts_with
 
     def _wrong(self, value: object) -> str:  # noqa: C901
         if self.kind == BOOL:
@@ -324,8 +336,9 @@ _ALL = [
     Key(_H, "default_bridges", INT, "1", "devices sit on the root bus", IDLE, silent=(1,)),
     Key(_H, "disable_block_device_use", BOOL, "true", "a root file system on a block device is mounted on the host and"
         " shared", IDLE, silent=(True,)),
-    Key(_H, "block_device_driver", TEXT, "virtio-blk", _DISKS, IDLE,
-        silent=("virtio-blk", "virtio-blk-pci", "virtio-scsi"),
+    Key(_H, "block_device_driver", TEXT, "virtio-blk", f"{_DISKS}; with `virtio-pmem`, or `nvdimm`, the guest maps the"
+        " image of `kata run` instead: docs/storage.md", IDLE,
+        silent=("virtio-blk", "virtio-blk-pci", "virtio-scsi"), acts_with=("virtio-pmem", "nvdimm"),
         choices=("", "virtio-scsi", "virtio-blk", "virtio-blk-pci", "virtio-blk-ccw", "virtio-blk-mmio",
                  "virtio-mmio", "nvdimm", "virtio-pmem")),
     Key(_H, "block_device_aio", TEXT, "threads", _DISKS, IDLE, silent=("threads", "io_uring"),

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 SECRET = frozenset({"runtime.jaeger_password"})
 """Keys that nobody is shown; who needs one reads the configuration."""
 VHOST_USER_STORE = "/var/run/kata-containers/vhost-user"
+MAPPED = ("virtio-pmem", "nvdimm")
+"""Values of ``block_device_driver`` by which images are mapped; the second is the older name of the same."""
 """Where disks are that other processes serve, unless the host says otherwise (the original's default)."""
 BOOT_TIMEOUT = "KATA_BOOT_TIMEOUT"
 """Variable with the seconds that a guest may take to come up; the engine has a default."""
@@ -215,6 +217,7 @@ def _hypervisor(conf: Configuration, chosen: str) -> HypervisorSettings:
         vhost_user_store=conf.get("hypervisor.vhost_user_store_path", VHOST_USER_STORE)
         if conf.get("hypervisor.enable_vhost_user_store", False)
         else "",
+        map_images=conf.get("hypervisor.block_device_driver", "") in MAPPED,
     )
 
 

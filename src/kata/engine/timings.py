@@ -22,7 +22,7 @@ class Timings:
 
     Attributes:
         path: By which the machine started: ``cold`` or ``template``; empty before it is known.
-        reason: Why by no faster one; empty if there is none, or nobody said.
+        reason: Why by no faster one, and why its image is not mapped; empty if there is none, or nobody said.
         not_forked: Why the engine was executed although there should be a parent of engines; a part of the reason.
         trace: Is told of each step, with begin and end; None where there is no tracing.
     """
@@ -58,7 +58,7 @@ class Timings:
     def took(self, machine: Machine) -> None:
         """Take over what was recorded while the machine was started (`kata.engine.lifecycle.boot`)."""
         self.path = machine.start_path
-        self.reason = "; ".join(filter(None, (machine.start_reason, self.not_forked)))
+        self.reason = "; ".join(filter(None, (machine.start_reason, machine.disk_reason, self.not_forked)))
         for name, begin, end in machine.steps:
             if name != "take_boot_slot":  # a step of its own, where it takes any time
                 step = "start machine" if begin >= machine.ready_ns > 0 else "engine"

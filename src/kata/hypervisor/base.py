@@ -125,6 +125,8 @@ class MachineShape:
         reclaim: Give the host back what the guest frees.
         shared_memory: Servers of vhost-user devices can be given the guest's memory.
         host_devices: How many PCI devices of the host it has, which reach all its memory.
+        mapped_mib: MiB of the device by which the guest maps the disk in slot 0 (`kata.hypervisor.mapped`); 0 for a
+            disk like the others.
         options: The monitor's own (`Monitor.options`): name and value.
     """
 
@@ -139,6 +141,7 @@ class MachineShape:
         "initrd",
         "kernel",
         "ksm",
+        "mapped_mib",
         "max_memory_mib",
         "max_vcpus",
         "memory_mib",
@@ -177,6 +180,7 @@ class MachineShape:
         reclaim: bool = True,
         shared_memory: bool = False,
         host_devices: int = 0,
+        mapped_mib: int = 0,
         options: Mapping[str, Any] | None = None,
     ) -> None:
         self.kernel = kernel
@@ -200,6 +204,7 @@ class MachineShape:
         self.reclaim = reclaim
         self.shared_memory = shared_memory
         self.host_devices = host_devices
+        self.mapped_mib = mapped_mib
         self.options = tuple(sorted((options or {}).items()))
 
     def _values(self) -> tuple[Any, ...]:
@@ -299,6 +304,7 @@ class Capabilities:
         clones: One that was started to be saved (`Attachments.saves_into`) can go on as many, each with disks and
             network interfaces of its own in its slots.
         waits: One that went on so can be given the disks of its slots later (`Machine.fill_disks`).
+        maps_image: The guest can map a read-only disk (`MachineShape.mapped_mib`).
     """
 
     __slots__ = (
@@ -309,6 +315,7 @@ class Capabilities:
         "grow_memory",
         "host_devices",
         "hotplug_nics",
+        "maps_image",
         "nic_backends",
         "nics",
         "pause",
@@ -339,7 +346,9 @@ class Capabilities:
         snapshot: bool = False,
         clones: bool = False,
         waits: bool = False,
+        maps_image: bool = False,
     ) -> None:
+        self.maps_image = maps_image
         self.clones = clones
         self.waits = waits
         self.disk_slots = disk_slots

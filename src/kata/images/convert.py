@@ -77,7 +77,7 @@ def make_rootfs(
             if not whole_file.is_whole(path):
                 source.prepare(layers)
                 _convert(source, layers, diff_ids, chain, path, progress)
-            return os.stat(path).st_size
+            return whole_file.size_of(path)
     except OSError as error:
         raise changes.storage_error(error) from error
 

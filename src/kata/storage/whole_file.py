@@ -18,7 +18,8 @@ _POLL_S = 0.1
 
 
 def is_whole(path: str) -> bool:
-    """Whether the image exists with the length in its superblock. One that a power failure has cut short is removed.
+    """Whether the image exists with the length in its superblock at least: one that machines map is longer
+    (`kata.hypervisor.mapped`). One that a power failure has cut short is removed.
 
     Raises:
         OSError: It cannot be read.
@@ -28,12 +29,25 @@ def is_whole(path: str) -> bool:
     except FileNotFoundError:
         return False
     try:
-        if os.fstat(fd).st_size == erofs_format.size_of(os.pread(fd, BLOCK, 0)):
+        if 0 < erofs_format.size_of(os.pread(fd, BLOCK, 0)) <= os.fstat(fd).st_size:
             return True
     finally:
         os.close(fd)
     os.unlink(path)
     return False
+
+
+def size_of(path: str) -> int:
+    """The length of an image without what was added at its end, in bytes.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return erofs_format.size_of(os.pread(fd, BLOCK, 0))
+    finally:
+        os.close(fd)
 
 
 @contextmanager

@@ -166,7 +166,12 @@ class ContainerParts:
                 self._id,
                 message,
                 [
-                    *rootfs.storages(self._id, self._rootfs, self._runtime.machine.disk_addresses),
+                    *rootfs.storages(
+                        self._id,
+                        self._rootfs,
+                        self._runtime.machine.disk_addresses,
+                        mapped=self._runtime.machine.maps_image,
+                    ),
                     *self._shared.storages,
                 ],
                 await self._insert_devices(volumes),

@@ -103,13 +103,16 @@ def shared_directory(root: Rootfs | None) -> str:
     return root.source if isinstance(root, RootfsSettings) and root.kind == "share" else ""
 
 
-def storages(container_id: str, root: Rootfs | None, addresses: Sequence[str] = ()) -> list[Storage]:
+def storages(
+    container_id: str, root: Rootfs | None, addresses: Sequence[str] = (), *, mapped: bool = False
+) -> list[Storage]:
     """What the agent is to mount, in this order.
 
     Args:
         container_id: The container.
         root: What its root file system is made of.
         addresses: Where the machine's disks are in the guest, by slot.
+        mapped: The guest maps the image in the first slot (`kata.hypervisor.mapped`).
 
     Raises:
         ConfigError: Nothing is known of it, or it is of a kind that there is not.
@@ -142,7 +145,12 @@ def storages(container_id: str, root: Rootfs | None, addresses: Sequence[str] = 
     mounts: list[Storage] = []
     if root.kind == "erofs":
         lower = f"{base}/lower"
-        mounts.append(_disk(addresses[root.lower_slot or 0], "erofs", ["ro"], lower))
+        slot = root.lower_slot or 0
+        mounts.append(
+            _image(addresses[slot], lower)
+            if mapped and slot == 0
+            else _disk(addresses[slot], "erofs", ["ro"], lower)
+        )
     elif root.kind == "share":
         lower = shared
     else:
@@ -198,3 +206,11 @@ def _overlay(container_id: str, lower: str, options: Sequence[str] = ()) -> Stor
 
 def _disk(address: str, fstype: str, options: list[str], mount_point: str) -> Storage:
     return Storage(driver="blk", source=address, fstype=fstype, options=options, mount_point=mount_point)
+
+
+def _image(address: str, mount_point: str) -> Storage:
+    from kata.hypervisor import mapped
+
+    return Storage(
+        driver="pmem", source=address, fstype="erofs", options=list(mapped.OPTIONS), mount_point=mount_point
+    )

@@ -67,6 +67,8 @@ def why_not(settings: SandboxSettings) -> str:
         return "pods are described after their engine's start"
     if settings.host_devices:
         return "it has devices of the host"
+    if settings.machine.hypervisor.map_images and settings.image_path():
+        return "its image is mapped, which a machine does from its start"
     network = settings.network
     if network.mode == "netns":
         return "" if network.model == "tcfilter" else f"its network is connected by {network.model}"

@@ -70,6 +70,7 @@ class Machine:
         ready_ns: When there was nothing more to do but wait for a boot slot.
         started_ns: When the hypervisor was started.
         boot_slot: The right to boot now, until the first container runs.
+        disk_reason: Why the image is read from a disk although it should be mapped; empty if there is no reason.
         calls_made: Calls that are in the agent's channel already, method to stream (see `first_calls`).
         start_path: How the machine comes up: `COLD`, or what a step has told `came_by`.
         start_reason: Why by no faster way; empty if there is none.
@@ -85,6 +86,7 @@ class Machine:
         "calls_made",
         "capabilities",
         "cgroup",
+        "disk_reason",
         "files",
         "fill_pool",
         "host",
@@ -127,6 +129,7 @@ class Machine:
         self.calls_made: dict[str, int] = {}
         self.start_path = COLD
         self.start_reason = ""
+        self.disk_reason = ""
         self.steps: list[tuple[str, int, int]] = []
 
     def came_by(self, path: str, reason: str = "") -> None:
@@ -199,6 +202,11 @@ class Machine:
     def disk_addresses(self) -> Sequence[str]:
         """Where its disks are in the guest, by slot."""
         return self.started.disk_addresses if self.started is not None else ()
+
+    @property
+    def maps_image(self) -> bool:
+        """Whether the guest maps the disk in slot 0 (`kata.hypervisor.mapped`)."""
+        return self.shape is not None and self.shape.mapped_mib > 0
 
     @property
     def nic_addresses(self) -> Sequence[str]:
@@ -556,6 +564,7 @@ class Boot:
             host_devices=len(self._given.addresses) if self._given is not None else 0,
             hotplug_nics=network.hotplug_nics if network is not None else 0,
             share=share,
+            mapped_mib=self._map_image(),
         )
         self._attachments = Attachments(
             sandbox_id=self._settings.id,
@@ -568,6 +577,24 @@ class Boot:
             share_server=files,
             serves_files=self.machine.share is not None and files is None,
         )
+
+    def _map_image(self) -> int:
+        """Have the image of the container be mapped by the guest, if it is to be.
+
+        Returns:
+            MiB of the device; 0 where the image is a disk, with the reason in the start ledger if it should not be.
+        """
+        path = self._settings.image_path()
+        if not path or not self._described.hypervisor.map_images:
+            return 0
+        from kata.hypervisor import mapped
+
+        if not self.capabilities.maps_image:
+            mib, reason = 0, f"this machine of {self.monitor.title} has no virtio-pmem"
+        else:
+            mib, reason = mapped.prepare(path, self._described.size.memory_mib)
+        self.machine.disk_reason = f"the image is a disk: {reason}" if reason else ""
+        return mib
 
     def take_boot_slot(self) -> None:
         """Wait until this machine may boot."""
@@ -774,6 +801,7 @@ def shape_of(
     hotplug_nics: int = 0,
     host_devices: int = 0,
     share: str = "",
+    mapped_mib: int = 0,
 ) -> MachineShape:
     """The machine that a sandbox's settings describe.
 
@@ -785,6 +813,7 @@ def shape_of(
         hotplug_nics: See `MachineShape`.
         host_devices: See `MachineShape`; all memory of such a machine is there from the start, and stays.
         share: See `MachineShape`.
+        mapped_mib: See `MachineShape`.
     """
     described = settings.described()
     hypervisor, guest, size = described.hypervisor, described.guest, described.size
@@ -821,6 +850,7 @@ def shape_of(
         ksm=hypervisor.ksm,
         reclaim=hypervisor.reclaim and not host_devices,
         host_devices=host_devices,
+        mapped_mib=mapped_mib,
         shared_memory=bool(hypervisor.vhost_user_store) and capabilities.vhost_user_disks,
         options=hypervisor.options,
     )

@@ -236,6 +236,9 @@ def build(settings: VMSettings, fds: Fds) -> list[str]:
         )
     argv += _share(settings, fds)
     for index, disk in enumerate(settings.disks):
+        if index == 0 and settings.mapped_mib:
+            argv += _mapped(settings, fds)
+            continue
         if disk is not None:
             argv += ["-add-fd", f"fd={fds.disks[index]},set={index}"]
         argv += _disk(settings, index, disk)
@@ -301,7 +304,7 @@ def opened(fd: int) -> str:
 
 def _first_file(settings: VMSettings, fds: Fds) -> list[str]:
     """What QEMU has to try out while it has its first root directory."""
-    if not settings.root or any(settings.disks):
+    if not settings.root or any(settings.disks[1 if settings.mapped_mib else 0 :]):
         return []
     # Whether the host has locks that belong to an open file is tried out on /dev/null at the first image. Without,
     # an image that is inserted later would not be locked.
@@ -457,7 +460,13 @@ def _memory(settings: VMSettings) -> list[str]:
         own = "on" if settings.owns_memory else "off"
         first = f"memory-backend-file,mem-path={opened(settings.memory.raw)},share={own}"
     more = settings.max_memory_mib - settings.memory_mib
-    argv = ["-m", f"size={settings.memory_mib}M" + (f",maxmem={settings.max_memory_mib}M" if more else "")]
+    most = settings.max_memory_mib + settings.mapped_mib
+    if settings.mapped_mib and has_small_acpi(settings):
+        most = 2 * settings.memory_mib + 1024 + _GAP_MIB + settings.mapped_mib
+    argv = [
+        "-m",
+        f"size={settings.memory_mib}M" + (f",maxmem={most}M" if most > settings.memory_mib else ""),
+    ]
     if _has_backend(settings):
         argv += ["-object", f"{first},id=ram,size={settings.memory_mib}M{prealloc}"]
     if more:
@@ -491,7 +500,7 @@ def _device(settings: VMSettings, driver: str, slot: int, **properties: object) 
     else:
         # A ROM and the registers of the time before virtio 1.0 only cost firmware and guest time.
         named |= {"addr": f"{slot:02x}.0", "romfile": ""}
-        if driver not in ("vhost-vsock", "vhost-user-fs"):  # those never had them
+        if driver not in ("vhost-vsock", "vhost-user-fs", "virtio-pmem"):  # those never had them
             named["disable-legacy"] = True
         driver += "-pci"
     return ["-device", ",".join([driver, *(f"{k}={_value(v)}" for k, v in named.items())])]
@@ -534,6 +543,29 @@ def _disk(settings: VMSettings, index: int, disk: Disk | None) -> list[str]:
             share_rw=False,
             **properties,
         ),
+    ]
+
+
+_GAP_MIB = 16 << 10
+"""Of addresses between a small machine's memory and what it maps. Without ACPI, Linux does not know that QEMU keeps
+those behind the memory for such devices, and gives the first of them to the registers of PCI devices."""
+
+
+def _mapped(settings: VMSettings, fds: Fds) -> list[str]:
+    """The device by which the guest maps an image, in the first disk's slot.
+
+    Shared and read-only: what the guest writes is lost, and a machine that goes on from a template has its own image
+    there, or a template none (``x-ignore-shared``).
+    """
+    size = settings.mapped_mib
+    file = f"mem-path={opened(fds.disks[0])},size={size}M,share=on,readonly=on"
+    place = {}
+    if has_small_acpi(settings):
+        # `maxmem` reaches beyond this wherever the memory behind 4 GiB ends.
+        place["memaddr"] = hex((4 << 10) + -(-settings.memory_mib // 1024) * 1024 + _GAP_MIB << 20)
+    return [
+        *("-object", f"memory-backend-file,id=image,{file}"),
+        *_device(settings, "virtio-pmem", slots.DISKS[0], id="disk0", memdev="image", **place),
     ]
 
 

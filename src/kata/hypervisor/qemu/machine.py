@@ -55,7 +55,9 @@ class Qemu(Running):
         self._disks: list[Disk | None] = list(self.settings.disks)
         self._nodes = [f"file{index}" for index in range(len(self.settings.disks))]
         self._fdsets: dict[str, int] = {
-            f"file{index}": index for index, disk in enumerate(self.settings.disks) if disk
+            f"file{index}": index
+            for index, disk in enumerate(self.settings.disks)
+            if disk and not self._maps(index)
         }
         self._nic_free = self.settings.nic is not None and not self.settings.nic.backend
         self._qmp: asyncio.Task[QmpClient] = self._loop.create_task(self._connect(process.detach_fd("qmp")))
@@ -206,6 +208,8 @@ class Qemu(Running):
             disk = self._disks[index] if index >= 0 else None
             if disk is None:
                 raise HypervisorError(f"there is no disk at {address}")
+            if self._maps(index):
+                raise HypervisorError(f"the image at {address} is mapped as long as the machine runs")
             await self._swap_backing_node(
                 index,
                 qemu_command.placeholder_node(self._new_node(index), disk.readonly),
@@ -390,6 +394,10 @@ class Qemu(Running):
         )
         return Ended(0, "ended", VMLostError(f"the virtual machine was ended {by}"))
 
+    def _maps(self, index: int) -> bool:
+        """Whether a slot has no disk, but an image that the guest maps."""
+        return index == 0 and self.settings.mapped_mib > 0
+
     def _new_node(self, index: int) -> str:
         self._disk_generation += 1
         return f"file{index}-{self._disk_generation}"
@@ -398,7 +406,7 @@ class Qemu(Running):
         for index, disk in enumerate(self._disks):
             was_empty = self.settings.disks[index]
             typed = slots.PLACEHOLDER_READONLY[index] if was_empty is None else was_empty.readonly
-            if disk is None and typed == readonly:
+            if disk is None and typed == readonly and not self._maps(index):
                 return index
         kind = "read-only" if readonly else "writable"
         raise HypervisorError(

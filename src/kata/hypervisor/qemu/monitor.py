@@ -61,6 +61,7 @@ class QemuMonitor(MonitorBase):
             pause=True,
             snapshot=True,
             clones=clones,
+            maps_image=MACHINE in machine,
             waits=clones,
         )
 
@@ -198,6 +199,10 @@ def settings(shape: MachineShape, attachments: Attachments) -> VMSettings:
     extra_mib = queues.queues_mib(binary)
     if shape.share == "virtio-fs" and shape.accel == "tcg":
         extra_mib += command.BOUNCE_MIB
+    if shape.mapped_mib:
+        from kata.hypervisor import mapped
+
+        extra_mib += mapped.overhead_mib(shape.mapped_mib)
     vm = VMSettings(
         name=f"kata-{attachments.sandbox_id[:40]}",
         title=f"kata: machine of {attachments.sandbox_id}",

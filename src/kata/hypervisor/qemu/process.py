@@ -149,6 +149,8 @@ def _start(settings: VMSettings, launch: Launch, told: list[str]) -> children.Ch
     theirs = launch.theirs
     opened = open_files(settings.kernel, settings.initrd, settings.disks)
     theirs |= opened
+    if settings.mapped_mib and "disk0" not in theirs:
+        theirs["disk0"] = _empty_image(settings.mapped_mib)
     for name in ("agent", "qmp", "console"):
         if name != "console" or settings.console != "none":
             launch.channel(name)
@@ -165,7 +167,8 @@ def _start(settings: VMSettings, launch: Launch, told: list[str]) -> children.Ch
     user = _prepare(settings, theirs, kept)
     tables = _acpi_files() if qemu_command.has_small_acpi(settings) else {}
     theirs |= tables
-    reopened = [theirs[name] for name in ("kernel", "initrd", "share", *tables) if name in theirs]
+    image = ("disk0",) if settings.mapped_mib else ()
+    reopened = [theirs[name] for name in ("kernel", "initrd", "share", *tables, *image) if name in theirs]
     vhost = _vhost_net(settings) if settings.vhost_net else {}
     theirs |= {f"vhost{index}": fd for index, fd in vhost.items()}
     fds = qemu_command.Fds(
@@ -175,7 +178,9 @@ def _start(settings: VMSettings, launch: Launch, told: list[str]) -> children.Ch
         kernel=theirs["kernel"],
         initrd=theirs["initrd"],
         vhost=vhost,
-        disks={index: theirs[f"disk{index}"] for index, disk in enumerate(settings.disks) if disk},
+        disks={
+            index: theirs[f"disk{index}"] for index in range(len(settings.disks)) if f"disk{index}" in theirs
+        },
         nic=theirs.get("nic"),
         share=theirs.get("share"),
         acpi=tables,
@@ -268,6 +273,21 @@ def _confinement(
 
             made.handover = template_memory.Handover(memory, qemu_command.opened(memory.raw))
     return made
+
+
+def _empty_image(mib: int) -> int:
+    """A file in memory, in the place of the image that a machine to be saved will map.
+
+    Raises:
+        HypervisorError: There is no room.
+    """
+    fd = os.memfd_create("image")
+    try:
+        os.truncate(fd, mib << 20)
+    except OSError as error:
+        os.close(fd)
+        raise HypervisorError(f"cannot make an empty image: {error.strerror}") from error
+    return fd
 
 
 def _acpi_files() -> dict[str, int]:

@@ -191,6 +191,8 @@ async def save(machine: Commands, directory: str) -> None:
         raise UnsupportedError(
             "a machine that shares files by virtio-fs cannot be saved by QEMU: vhost-user-fs"
         )
+    if settings.mapped_mib and not by_file:
+        raise UnsupportedError("a machine that maps its image cannot be saved by QEMU: virtio-pmem")
     if settings.shape is None:
         raise HypervisorError("cannot save the machine: it is not known what machine it is")
     status = (await machine.command("query-status")).get("status")

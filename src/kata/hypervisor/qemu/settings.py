@@ -230,6 +230,11 @@ class VMSettings:
         self.incoming_in_set = False
         self.shape: MachineShape | None = None
 
+    @property
+    def mapped_mib(self) -> int:
+        """MiB of the device by which the guest maps the image in the first slot; 0 where that is a disk."""
+        return self.shape.mapped_mib if self.shape is not None else 0
+
     def is_readonly(self, index: int) -> bool:
         """Whether the guest cannot write to the disk in a slot, be it there or to come."""
         disk = self.disks[index]
