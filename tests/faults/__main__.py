@@ -125,7 +125,7 @@ def carry_out(options: argparse.Namespace, names: list[str]) -> int:
 
     def make(directory: Path, wrong_answers: bool, templates: bool) -> Target:
         if options.podman:
-            return PodmanTarget(directory, guest, base=options.base)
+            return PodmanTarget(directory, guest, base=options.base, templates=templates)
         return Daemon(
             directory,
             guest,

@@ -263,26 +263,6 @@ runtime_type = "io.containerd.runc.v2"
             raise Failure(f"crictl {' '.join(arguments)}: {done.stderr.strip()}")
         return done
 
-    def run_kata(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Run `kata` with the directories and configuration of these runs.
-
-        Raises:
-            Failure: It ended otherwise than with 0.
-        """
-        done = self.client(str(HERE.parents[1] / "tools/kata"), *arguments)
-        if done.returncode:
-            raise Failure(f"kata {' '.join(arguments)}: {done.stderr.strip()}")
-        return done
-
-    def template(self) -> str:
-        """Name of a whole template; empty if there is none."""
-        whole = sorted(path.parent.name for path in self.templates.glob("[!.]*/machine.json"))
-        return whole[0] if whole else ""
-
-    def makes_template(self) -> bool:
-        """Whether a process is there that makes one."""
-        return any("make-template" in line for line in self.place.snapshot()["process"])
-
     def task_states(self) -> dict[str, str]:
         """What containerd says of each task: its status."""
         lines = self.in_ctr("task", "ls").stdout.splitlines()[1:]
@@ -341,9 +321,11 @@ runtime_type = "io.containerd.runc.v2"
     # ---- victims ----
 
     def find(self, victim: str, sandbox: str) -> int:
-        """Pid of a sandbox's process, or of ``containerd``; 0 if it is not there (yet)."""
+        """Also ``containerd``, and a command of the shim that starts an engine."""
         if victim == "containerd":
             return self.pid
+        if victim == "shim":
+            return next(self.commands(self.directory / "bin/containerd-shim-kata-v2", "start"), 0)
         return super().find(victim, sandbox)
 
     def order(self, part: str = "", kind: str = "") -> None:

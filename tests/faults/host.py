@@ -56,9 +56,12 @@ class Place:
         self._run = run
         self._more_lines = more_lines or {}
 
-    def _is_image(self, name: str) -> bool:
-        """Whether a file of the state directory is part of a whole image of a snapshot's layers: these are kept."""
+    def _is_kept(self, name: str) -> bool:
+        """Whether a file of the state directory is made once for many: part of a whole image of a snapshot's layers, or
+        of a template that has its name."""
         path = self.directory / "s" / name
+        if name.startswith("templates/"):
+            return not name.split("/")[1].startswith(".")
         both = (path.with_suffix(".erofs"), path.with_suffix(".json"))
         return name.startswith("layers/") and path in both and all(one.exists() for one in both)
 
@@ -74,7 +77,7 @@ class Place:
             "qdisc and filter": self._traffic_control(),
             # The files of boot slots are made as they are needed, and stay.
             "run directory": (n for n in self._files(self._run, depth=9) if not n.startswith("boots/")),
-            "state directory": (name for name in self._files("s", depth=9) if not self._is_image(name)),
+            "state directory": (name for name in self._files("s", depth=9) if not self._is_kept(name)),
             "half made template": (name for name in self._files("templates", depth=2) if name[0] == "."),
             "shared memory": (name for name in os.listdir("/dev/shm") if self._is_named(name)),
             "temporary file": (name for name in os.listdir("/tmp") if self._is_named(name)),

@@ -26,7 +26,7 @@ there is no shim. (Redirections are made by tc alone in podman's networks.)"""
 def names() -> list[str]:
     """The points of a container by podman, and of `kata-runtime run`."""
     shared = (one for one in stops.POINTS if one.scenario == "ctr" and one.where in ("engine", "shim"))
-    own = (one.name for one in stops.POINTS if one.where == "runtime")
+    own = (one.name for one in stops.POINTS if one.where in ("runtime", "waiter"))
     return [*own, *(one.name for one in shared if one.name not in _NOT_BY_PODMAN)]
 
 
@@ -38,6 +38,8 @@ def victims(point: Point) -> list[str]:
     """
     if point.scenario == "run":
         return ["runtime", "engine", "hypervisor", "standing"]
+    if point.where == "waiter":
+        return _of_pool(point)
     if point.phase == "exec":
         found = ["runtime"] if point.where == "runtime" else []
         conmon = [] if point.name == "exec.ended" else ["exec-conmon"]
@@ -54,6 +56,13 @@ def victims(point: Point) -> list[str]:
     if place < names_of_all.index("delete.ended"):
         found.append("conmon")
     return found
+
+
+def _of_pool(point: Point) -> list[str]:
+    found = ["waiter", "hypervisor", stops.HANG, "virtiofsd"]
+    if point.name in stops.ASKED:
+        found.append("runtime")
+    return found if point.name in ("pool.restored", "pool.listening") else [*found, "conmon"]
 
 
 def _of_commands(point: Point) -> list[str]:

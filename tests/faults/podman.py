@@ -31,12 +31,19 @@ class PodmanTarget(Target):
         guest: The guest's directory.
         stop_points: Whether its runtime has them; without, it is the product's own program.
         base: Where podman's packages are, if not where `podman_support.found` finds them.
+        templates: Whether machines have templates.
     """
 
     kinds = ("podman",)
 
     def __init__(
-        self, directory: Path, guest: Path, *, stop_points: bool = True, base: Path | None = None
+        self,
+        directory: Path,
+        guest: Path,
+        *,
+        stop_points: bool = True,
+        base: Path | None = None,
+        templates: bool = False,
     ) -> None:
         super().__init__()
         self.directory = directory
@@ -45,8 +52,15 @@ class PodmanTarget(Target):
         self.points.mkdir()
         given = {MARK: self.token, stops.VARIABLE: str(self.points)} if stop_points else {}
         program = PROGRAM if stop_points else None
+        self.templates = directory / "templates"
+        self._configuration = directory / "configuration.toml"
+        if templates:
+            given |= {"KATA_TEMPLATES": "on", "KATA_CONF_FILE": str(self._configuration)}
+            self.configure()
         self.podman = Podman(directory, guest, base, program=program, environment=given)
-        self.env = {**self.podman.env, MARK: self.token}
+        self.run_dir = self.podman.run_dir
+        own = {"KATA_RUN_DIR": str(self.run_dir), "KATA_STATE_DIR": str(directory / "s")}
+        self.env = {**self.podman.env, **own, **given, MARK: self.token}
         self.runtime = str(directory / "bin/kata-runtime")
         self.rootfs = directory / "rootfs"
         self.seen: set[str] = {self.token}
@@ -63,7 +77,7 @@ class PodmanTarget(Target):
                 "layer": ("st/overlay", 1),
                 "attach socket": ("t/socket", 1),
             },
-            run=self.podman.run_dir.name,
+            run=self.run_dir.name,
             more_lines={"firewall rule": self._firewall},
         )
 
@@ -71,6 +85,11 @@ class PodmanTarget(Target):
     def title(self) -> str:
         """What it calls itself, as in ``podman 4.3.1``."""
         return f"podman {self.podman('--version').split()[-1]}"
+
+    def configure(self, **keys: int) -> None:
+        """Say what the table ``factory`` of the configuration has beside the place of templates. It stays one file."""
+        lines = "".join(f"{name} = {value}\n" for name, value in keys.items())
+        self._configuration.write_text(f"[factory]\ntemplate_path = '{self.templates}'\n{lines}")
 
     # ---- its life ----
 
@@ -82,7 +101,7 @@ class PodmanTarget(Target):
 
     def down(self) -> None:
         """Take all of it back, sandboxes that still live included."""
-        for path in self.podman.run_dir.glob("oci/*"):
+        for path in self.run_dir.glob("oci/*"):
             subprocess.run([self.runtime, "delete", "--force", path.name], check=False, capture_output=True)
         self.podman.stop()
         shutil.rmtree(self.directory, ignore_errors=True)
@@ -148,12 +167,12 @@ class PodmanTarget(Target):
     def sandboxes(self) -> list[str]:
         """Names of the sandboxes' run directories."""
         with contextlib.suppress(FileNotFoundError):
-            return sorted(os.listdir(self.podman.run_dir / "sandboxes"))
+            return sorted(os.listdir(self.run_dir / "sandboxes"))
         return []
 
     def journal(self, sandbox: str) -> list[dict[str, Any]]:
         """The lines of a sandbox's journal."""
-        path = self.podman.run_dir / "sandboxes" / sandbox / "journal"
+        path = self.run_dir / "sandboxes" / sandbox / "journal"
         return [json.loads(line) for line in path.read_text().splitlines()]
 
     def find(self, victim: str, sandbox: str) -> int:
@@ -163,12 +182,14 @@ class PodmanTarget(Target):
         """
         if victim == "standing":
             return self._standing(sandbox)
-        if victim in ("conmon", "exec-conmon", "runtime"):
-            return max(self._commands(victim), default=0)
+        if victim == "runtime":
+            return max(self.commands(PROGRAM), default=0)
+        if victim in ("conmon", "exec-conmon"):
+            return max(self._monitors(victim), default=0)
         return super().find(victim, sandbox) if sandbox else 0
 
     def _standing(self, sandbox: str) -> int:
-        for path in self.podman.run_dir.glob("oci/*/state.json"):
+        for path in self.run_dir.glob("oci/*/state.json"):
             with contextlib.suppress(OSError, ValueError):
                 kept = json.loads(path.read_text())
                 known = os.path.basename(kept["sandbox"]) == sandbox
@@ -176,21 +197,16 @@ class PodmanTarget(Target):
                     return int(kept["pid"])
         return 0
 
-    def _commands(self, victim: str) -> Iterator[int]:
-        """The processes of these runs that are such a command."""
+    def _monitors(self, victim: str) -> Iterator[int]:
+        """The conmons of these runs: of containers, or of execs."""
         of_here = str(self.directory)
         for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))):
             try:
                 words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
-                environment = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
             except OSError:
                 continue
-            if victim == "runtime":
-                is_one = str(PROGRAM) in words and f"{MARK}={self.token}" in environment
-            else:
-                is_one = words[0].endswith("/conmon") and any(of_here in word for word in words)
-                is_one &= ("-e" in words) == (victim == "exec-conmon")
-            if is_one:
+            is_one = words[0].endswith("/conmon") and any(of_here in word for word in words)
+            if is_one and ("-e" in words) == (victim == "exec-conmon"):
                 yield pid
 
 

@@ -28,6 +28,10 @@ VICTIMS = (
 )
 """``shim`` and ``runtime`` are commands, which run when somebody executes them; ``standing`` is the process of the host
 that stands for a container (`kata.oci_runtime.pid_process`)."""
+_TEMPLATED = ("making", "clone", "pool", "podman-pool")
+"""Scenarios whose machines have templates."""
+_AROUND_WAITERS = ("shim", "containerd", "runtime", "conmon")
+"""Who else there is at the points of a machine that waits: whoever asks for it."""
 REACH_S = 90.0
 CLEAN_S = 90.0
 """How long the host may take to be as before. An engine without a container or a client ends after a minute."""
@@ -44,7 +48,8 @@ class Round:
         point: At which stop point; None at a random moment.
         moment: Random rounds: the moment, as a part of what an undisturbed round takes.
         scenario: ``ctr``, ``crictl``; by ctr ``disks`` (with the root file system on disks), ``making`` (a template),
-            ``clone`` (from one) or ``pool`` (one that has waited); ``podman``, ``run`` (`kata-runtime run`).
+            ``clone`` (from one) or ``pool`` (one that has waited); ``podman``, ``run`` (`kata-runtime run`),
+            ``podman-pool`` (by podman, in a machine that has waited).
     """
 
     def __init__(
@@ -72,7 +77,7 @@ def podman_rounds(names: Iterable[str]) -> list[Round]:
     rounds = []
     for name in names:
         one = stops.BY_NAME[name]
-        scenario = one.scenario if one.scenario == "run" else "podman"
+        scenario = {"run": "run", "pool": "podman-pool"}.get(one.scenario, "podman")
         rounds += [Round(f"{name} {victim}", victim, one, scenario=scenario) for victim in oci.victims(one)]
     return rounds
 
@@ -108,6 +113,7 @@ class Runner:
         self._answers_wrongly = False
         self._templates = False
         self._count = 0
+        self._waits: Script | None = None
 
     # ---- the target ----
 
@@ -191,7 +197,7 @@ class Runner:
         """
         began = time.monotonic()
         result: dict[str, Any] = {"ok": True, "victim": one.victim, "scenario": one.scenario}
-        wanted = (one.victim in stops.WRONGLY, one.scenario in ("making", "clone", "pool"))
+        wanted = (one.victim in stops.WRONGLY, one.scenario in _TEMPLATED)
         if wanted != (self._answers_wrongly, self._templates):
             self.close()
             self._answers_wrongly, self._templates = wanted
@@ -209,6 +215,7 @@ class Runner:
             result["moment"] = one.moment
             if killed:
                 result["became"] = scenario.check(one.victim)
+                self._let_go()
                 self._clean()
             else:
                 result["ok"] = None
@@ -216,6 +223,8 @@ class Runner:
             result.update(ok=False, why=str(failure), said=self._said())
             # What is broken now would be blamed on the next rounds.
             self.close()
+        finally:
+            self._waits = None
         result["seconds"] = round(time.monotonic() - began, 1)
         return result
 
@@ -240,12 +249,22 @@ class Runner:
             if armed is not None:
                 armed.release()
             script.cancelled = True
-            script.join()
+            if one.victim == HANG and one.point is not None and one.point.name in stops.RUNS:
+                self._waits = script
+            else:
+                script.join()
         if script.hangs:
             raise Failure(script.hangs)
         if pid:
             target.recover(one.victim, one.point)
         return bool(pid)
+
+    def _let_go(self) -> None:
+        """Who waited for a command of the container's has ended, since the container is removed."""
+        if self._waits is not None:
+            self._waits.join(CLEAN_S)
+            if self._waits.is_alive() or self._waits.hangs:
+                raise Failure(f"the client still waits, and its container is gone: {self._waits.hangs}")
 
     def _wrong_answer(self, one: Round, scenario: Scenario, result: dict[str, Any]) -> bool:
         """Have a request answered wrongly: who waits for it is told so by name, and nothing hangs."""
@@ -293,10 +312,11 @@ class Runner:
                 ended = "; ".join(f"{name}: {code} {said}" for name, code, said in script.ended)
                 raise Failure(f"the point {one.point.name} was not reached ({ended})")
             time.sleep(0.005)
-        if one.point.where == "waiter" and one.victim not in ("shim", "containerd"):
+        if one.point.where == "waiter" and one.victim not in _AROUND_WAITERS:
             return waiting if one.victim == "waiter" else child(waiting, one.victim)
-        if one.victim in ("shim", "maker", "runtime") or (
-            one.victim == "engine" and one.point.where == "engine"
+        if one.point.where != "waiter" and (
+            one.victim in ("shim", "maker", "runtime")
+            or (one.victim == "engine" and one.point.where == "engine")
         ):
             return waiting
         deadline = time.monotonic() + (VICTIM_S if one.point.where in ("shim", "runtime") else 0.0)

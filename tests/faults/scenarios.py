@@ -312,13 +312,17 @@ def make(kind: str, target: Target, name: str) -> Scenario:
     """A scenario.
 
     Args:
-        kind: Which one; ``ctr`` and others of containerd's, ``podman``, ``run``.
+        kind: Which one; ``ctr`` and others of containerd's, ``podman``, ``run``, ``podman-pool``.
         target: Where; the one of that kind.
         name: Of the container or pod.
     """
-    from faults.pool import Pool  # which is made of these here
+    from faults.pool import ByPodmanFromPool, Pool  # which are made of these here
 
-    by_podman: dict[str, Callable[[PodmanTarget, str], Scenario]] = {"podman": ByPodman, "run": Direct}
+    by_podman: dict[str, Callable[[PodmanTarget, str], Scenario]] = {
+        "podman": ByPodman,
+        "run": Direct,
+        "podman-pool": ByPodmanFromPool,
+    }
     if kind in by_podman:
         return by_podman[kind](cast(PodmanTarget, target), name)
     by_containerd: dict[str, Callable[[Daemon, str], Scenario]] = {

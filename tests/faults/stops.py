@@ -36,6 +36,9 @@ _POLL_S = 0.005
 
 HANG = "hang"
 """A hypervisor that is not killed: it stands still (SIGSTOP), and answers nothing any more."""
+RUNS = ("exec.guest-started", "exec.answer", "exec.start-told", "exec.numbered")
+"""Points at which a command runs in the guest. Who waits for its end does so without a limit, also if the guest stands
+still; they have to be let go when the container is removed."""
 WRONGLY = ("nonsense", "refuse")
 """How a hypervisor answers a request wrongly (`faults.answers`)."""
 
@@ -79,7 +82,7 @@ class Point:
         if self.where == "maker":
             return ["maker", "engine", "hypervisor", "containerd"]
         if self.where == "waiter":
-            asks = ["shim"] if self.name in ("pool.order-received", "pool.confirmed") else []
+            asks = ["shim"] if self.name in ASKED else []
             return ["waiter", "hypervisor", HANG, "virtiofsd", *asks, "containerd"]
         if self.phase == "clone":
             there = [] if self.name == "clone.found" else ["hypervisor", "hang"]
@@ -99,6 +102,8 @@ class Point:
         return [*found, "containerd"]
 
 
+ASKED = ("pool.order-received", "pool.confirmed")
+"""Points at which who has asked for a machine that waits is still there."""
 POINTS = [
     Point("create.directory", "shim", "the sandbox's directory and journal exist, nothing else"),
     Point("create.socket", "shim", "the engine's socket is bound"),

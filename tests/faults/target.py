@@ -7,6 +7,7 @@ import signal
 import subprocess
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from faults import stops
 from faults.host import Place
 from kata import sysio
 
+ROOT = Path(__file__).resolve().parents[2]
 MARK = "KATA_FAULTS"
 CLIENT_S = 2 * PATIENCE
 """A client may wait that long: a Create whose guest says nothing is given up after 120 s."""
@@ -32,16 +34,22 @@ class Target(ABC):
         title: What it is, with its version: ``containerd 1.6.20``.
         kinds: Its scenarios (`faults.scenarios`), those of random rounds.
         env: The environment of its clients.
+        run_dir: The run directory of its engines.
+        templates: Where their templates are, if they have any.
         points: Where stop points are armed.
         place: What of the host is compared.
+        token: Is in the environment of what it starts, as the value of `MARK`.
         seen: Parts of names by which things on the host are known as those of its sandboxes.
     """
 
     kinds: tuple[str, ...]
     env: dict[str, str]
+    run_dir: Path
+    templates: Path
     points: Path
     place: Place
     seen: set[str]
+    token: str
 
     def __init__(self) -> None:
         self._clients: set[int] = set()
@@ -114,6 +122,28 @@ class Target(ABC):
             self._clients.discard(process.pid)
         return subprocess.CompletedProcess(argv, process.returncode, out, error)
 
+    def run_kata(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run `kata` with the directories and configuration of these runs.
+
+        Raises:
+            Failure: It ended otherwise than with 0.
+        """
+        done = self.client(str(ROOT / "tools/kata"), *arguments)
+        if done.returncode:
+            raise Failure(f"kata {' '.join(arguments)}: {done.stderr.strip()}")
+        return done
+
+    # ---- templates ----
+
+    def template(self) -> str:
+        """Name of a whole template; empty if there is none."""
+        whole = sorted(path.parent.name for path in self.templates.glob("[!.]*/machine.json"))
+        return whole[0] if whole else ""
+
+    def makes_template(self) -> bool:
+        """Whether a process is there that makes one."""
+        return any("make-template" in line for line in self.place.snapshot()["process"])
+
     # ---- victims ----
 
     @abstractmethod
@@ -139,6 +169,17 @@ class Target(ABC):
             known = [line["made"] for line in lines if "made" in line and line["n"] in numbers]
         one = known[-1] if known else None
         return int(one["pid"]) if one and sysio.process_alive(one["pid"], one["start"], one["boot"]) else 0
+
+    def commands(self, program: Path, word: str = "") -> Iterator[int]:
+        """The processes of these runs that execute a program of ours, with this word if one is given."""
+        for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))):
+            try:
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+                environment = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
+            except OSError:
+                continue
+            if {str(program), word or str(program)} <= {*words} and f"{MARK}={self.token}" in environment:
+                yield pid
 
     def newest_sandbox(self, known: set[str]) -> str:
         """The sandbox that is not in *known*; empty if there is none."""

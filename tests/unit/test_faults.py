@@ -72,6 +72,8 @@ def test_every_point_is_put_somewhere() -> None:
 def test_each_point_has_its_victims() -> None:
     rounds = {one.key for one in point_rounds(stops.BY_NAME)}
     assert {"create.machine engine", "create.machine hypervisor", "create.machine containerd"} <= rounds
+    assert {"pool.confirmed shim", "pool.confirmed waiter"} <= rounds
+    assert "pool.taken shim" not in rounds  # it has been told, and has ended
     assert "create.share hypervisor" not in rounds  # there is none yet
     assert "delete.undo hypervisor" not in rounds  # nor any more
     assert {"create.address shim", "clear.request shim"} <= rounds
@@ -96,6 +98,9 @@ def test_the_oci_command_line_has_points_and_victims_of_its_own() -> None:
     assert not any(one.victim in ("shim", "containerd", "maker") for one in rounds.values())
     assert rounds["run.ended engine"].scenario == "run"
     assert rounds["create.machine engine"].scenario == "podman"
+    assert {"pool.order-received runtime", "pool.taken waiter", "pool.taken conmon"} <= rounds.keys()
+    assert "pool.listening conmon" not in rounds  # the container that has it made has ended
+    assert rounds["pool.listening waiter"].scenario == "podman-pool"
 
 
 def test_a_random_round_depends_on_seed_and_number_alone() -> None:

@@ -95,12 +95,12 @@ class Podman:
             "KATA_RUN_DIR": self.run_dir,
             "KATA_STATE_DIR": directory / "s",
             "KATA_GUEST_DIR": guest,
-            **environment,
             **{
                 name: value
                 for name, value in os.environ.items()
                 if name in ("KATA_TEMPLATES", "KATA_TEST_RUN", "KATA_TEST_PATIENCE", "KATA_QEMU")
             },
+            **environment,
         }
         exports = "".join(f"export {name}='{value}'\n" for name, value in kata.items())
         self._script("kata-runtime", f"{exports}exec {program}")
