@@ -31,7 +31,7 @@ test-kvm: ## the tests with KVM and vsock, in the KVM lab where this machine has
 
 test-user: ## the tests of 'kata run' and its kind as an ordinary user; T='...'
 	@tools/setup test
-	@tools/as-user tools/run-tests -p no:cacheprovider $(or $(T),$(addprefix tests/vm/test_cli_,run.py life.py look.py cp.py network.py networks.py))
+	@tools/as-user tools/run-tests -p no:cacheprovider $(or $(T),$(addprefix tests/vm/test_cli_,run.py refusals.py life.py look.py cp.py network.py networks.py))
 
 conformance: ## critest against containerd with runc and with kata, writes docs/conformance.md; A='--fresh --only TEXT'
 	@tools/setup test
