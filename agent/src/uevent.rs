@@ -11,8 +11,9 @@ const MAX_MESSAGE: usize = 4096;
 /// The longest pause between two looks: should an announcement be lost, the device is found all the same.
 const LOOK_AGAIN_MS: u64 = 500;
 
-/// How long a device that the host has plugged in may take to appear, unless `agent.hotplug_timeout` says otherwise.
-const HOTPLUG_TIMEOUT_S: u64 = 3;
+/// How long a device may take to appear, unless `agent.hotplug_timeout` says otherwise. The share of a machine that went
+/// on from a template is waited for while the host still plugs it in, which takes seconds on a busy one.
+const HOTPLUG_TIMEOUT_S: u64 = 10;
 
 /// How long to wait for a device, in milliseconds: `agent.hotplug_timeout` (seconds) of the kernel command line. Read
 /// each time, because waiting is rare and the children that wait do not have the settings.
