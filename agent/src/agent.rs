@@ -15,8 +15,9 @@ use crate::state::State;
 use crate::sys::{self, Fd};
 use crate::{dispatch, fs, lifecycle, log, process_events, rt};
 
-/// After this much idle time (up to twice as much) the loop returns spare memory to the kernel.
-const TRIM_AFTER_NS: u64 = 200_000_000;
+/// After this much idle time (up to twice as much) the loop returns spare memory to the kernel. Longer than the pauses
+/// between the calls of a start: what is returned there has to be fetched again a moment later.
+const TRIM_AFTER_NS: u64 = 1_000_000_000;
 
 /// How many rounds over the connections are made before other events are handled.
 const PUMP_ROUNDS: u32 = 8;

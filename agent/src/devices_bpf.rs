@@ -83,17 +83,43 @@ pub fn compile(rules: &[LinuxDeviceCgroup]) -> Result<Vec<u64>> {
     Ok(code)
 }
 
+/// A program in the kernel.
+pub struct Loaded {
+    code: Vec<u64>,
+    fd: Fd,
+}
+
+/// The program that was loaded last, since most containers have the same rules: checking and translating it is most of
+/// what a container's device rules cost.
+#[derive(Default)]
+pub struct Kept(Option<Loaded>);
+
+impl Kept {
+    /// The descriptor of this program, which is loaded unless it is the one that is kept.
+    pub fn load(&mut self, code: Vec<u64>) -> Result<RawFd> {
+        if self.0.as_ref().is_none_or(|kept| kept.code != code) {
+            let fd = load(&code)?;
+            self.0 = Some(Loaded { code, fd });
+        }
+        Ok(self.0.as_ref().map_or(-1, |kept| kept.fd.raw()))
+    }
+}
+
 /// Loads `program` and makes it the device program of the cgroup, in place of whatever was there.
 pub fn attach(cgroup: RawFd, program: &[u64]) -> Result<()> {
-    let program = load(program)?;
+    attach_loaded(cgroup, load(program)?.raw())
+}
+
+/// The same with a program that is in the kernel already.
+pub fn attach_loaded(cgroup: RawFd, program: RawFd) -> Result<()> {
     let before = attached(cgroup).map_err(|e| unsupported("query the device programs of the cgroup", e))?;
     // A single program is replaced atomically, so that the container is never without rules.
     if let [only] = before.as_slice() {
         let old = program_by_id(*only).map_err(|e| unsupported("open the cgroup's device program", e))?;
-        return change(BPF_PROG_ATTACH, cgroup, program.raw(), F_ALLOW_MULTI | F_REPLACE, old.raw())
+        return change(BPF_PROG_ATTACH, cgroup, program, F_ALLOW_MULTI | F_REPLACE, old.raw())
             .map_err(|e| unsupported("replace the device program of the cgroup", e));
     }
-    change(BPF_PROG_ATTACH, cgroup, program.raw(), F_ALLOW_MULTI, 0)
+    change(BPF_PROG_ATTACH, cgroup, program, F_ALLOW_MULTI, 0)
         .map_err(|e| unsupported("attach the device program to the cgroup", e))?;
     // With several programs attached, access needs the consent of each: the old ones would keep refusing.
     for id in before {

@@ -18,7 +18,7 @@ use crate::runtime::shared_mounts::Source;
 use crate::runtime::{self, namespaces, ContainerPlan, ExecPlan};
 use crate::server::calls::CallId;
 use crate::state::State;
-use crate::sys::{self, Fd};
+use crate::sys::{self, Fd, RawFd};
 use crate::{fs, log, seccomp, storage};
 
 // ---- create ----
@@ -50,8 +50,11 @@ pub fn create_container(state: &mut State, call: CallId, request: &pb::CreateCon
     if let Some(namespace) = &others_pids {
         shared.pid = Some(namespace.raw());
     }
+    let device_program =
+        if state.oom.has_cgroups() { runtime::attach::known_program(&request.devices, checked.spec)? } else { None };
+    let device_program = device_program.map(|code| state.device_program.load(code)).transpose()?;
     let cgroup = make_cgroup(&state.oom, checked.id, checked.linux)?;
-    let created = start_builder(state, call, &checked, shared, cgroup.as_ref());
+    let created = start_builder(state, call, &checked, shared, cgroup.as_ref(), device_program);
     let key = created.inspect_err(|_| discard(checked.id, cgroup.as_ref()))?;
     let container = Container::new(record_of(checked, cgroup), key);
     let watches = !container.watched.is_empty();
@@ -155,6 +158,7 @@ fn start_builder(
     checked: &Checked,
     shared: Shared,
     cgroup: Option<&Cgroup>,
+    device_program: Option<RawFd>,
 ) -> Result<Key> {
     let (id, request) = (checked.id, checked.request);
     // 0711: the root of a user namespace is an unprivileged user out here and still has to traverse it.
@@ -173,6 +177,7 @@ fn start_builder(
         namespaces: checked.namespaces,
         shared,
         cgroup: cgroup.zip(directory.as_ref()).map(|(cgroup, fd)| (fd.raw(), cgroup.path())),
+        device_program,
         stdio: &pipes.child,
         report: Reporter { fd: theirs.raw(), phases: state.io.trace.is_recorded(call) },
     })?;
@@ -407,6 +412,7 @@ pub fn on_removed(state: &mut State, id: &str, outcome: Result<Vec<u8>>) {
     if let Some(call) = container.remover {
         state.io.answer(call, container.failure.map_or(outcome, Err));
     }
+    state.sandbox.prepare();
     finish_sandbox(state);
 }
 

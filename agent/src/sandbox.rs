@@ -16,6 +16,8 @@ use crate::{boot, fs, guest, log, storage};
 #[derive(Default)]
 pub struct Sandbox {
     created: bool,
+    /// Namespaces that were made ahead: IPC and UTS.
+    spare: Option<(Fd, Fd)>,
     ipc: Option<Fd>,
     uts: Option<Fd>,
     /// A PID namespace for containers to share, with the process that reaps there.
@@ -41,24 +43,24 @@ impl Sandbox {
         }
     }
 
+    /// A container has gone before there is a sandbox: this machine is being prepared for one. Its namespaces are made
+    /// now, which takes the longer the less of the kernel has been translated.
+    pub fn prepare(&mut self) {
+        if !self.created && self.ipc.is_none() && self.spare.is_none() {
+            self.spare = new_namespaces().inspect_err(|e| log::error(&e.message)).ok();
+        }
+    }
+
     /// Namespaces for the containers to share; the agent itself goes back to its own.
     fn make_namespaces(&mut self, hostname: &str) -> Result<()> {
-        let open = |kind: &str| {
-            sys::open(format!("/proc/self/ns/{kind}"), libc::O_RDONLY, 0)
-                .with_context(|| format!("open own {kind} namespace"))
-        };
-        let (own_ipc, own_uts) = (open("ipc")?, open("uts")?);
-        sys::unshare(libc::CLONE_NEWIPC | libc::CLONE_NEWUTS).context("make the sandbox's namespaces")?;
-        let made: Result<(Fd, Fd)> = (|| {
-            if !hostname.is_empty() {
-                sys::sethostname(hostname).with_context(|| format!("set the host name {hostname:?}"))?;
-            }
-            Ok((open("ipc")?, open("uts")?))
-        })();
-        sys::setns(own_ipc.raw(), libc::CLONE_NEWIPC)
-            .and_then(|()| sys::setns(own_uts.raw(), libc::CLONE_NEWUTS))
-            .context("go back to the agent's namespaces")?;
-        let (ipc, uts) = made?;
+        let (ipc, uts) = self.spare.take().map_or_else(new_namespaces, Ok)?;
+        if !hostname.is_empty() {
+            let own = own_namespace("uts")?;
+            sys::setns(uts.raw(), libc::CLONE_NEWUTS).context("enter the sandbox's UTS namespace")?;
+            let named = sys::sethostname(hostname).with_context(|| format!("set the host name {hostname:?}"));
+            sys::setns(own.raw(), libc::CLONE_NEWUTS).context("go back to the agent's namespaces")?;
+            named?;
+        }
         self.ipc = Some(ipc);
         self.uts = Some(uts);
         Ok(())
@@ -177,6 +179,21 @@ impl Sandbox {
             boot::power_off();
         }
     }
+}
+
+fn own_namespace(kind: &str) -> Result<Fd> {
+    sys::open(format!("/proc/self/ns/{kind}"), libc::O_RDONLY, 0).with_context(|| format!("open own {kind} namespace"))
+}
+
+/// New IPC and UTS namespaces, in which nobody is.
+fn new_namespaces() -> Result<(Fd, Fd)> {
+    let (own_ipc, own_uts) = (own_namespace("ipc")?, own_namespace("uts")?);
+    sys::unshare(libc::CLONE_NEWIPC | libc::CLONE_NEWUTS).context("make the sandbox's namespaces")?;
+    let made = own_namespace("ipc").and_then(|ipc| Ok((ipc, own_namespace("uts")?)));
+    sys::setns(own_ipc.raw(), libc::CLONE_NEWIPC)
+        .and_then(|()| sys::setns(own_uts.raw(), libc::CLONE_NEWUTS))
+        .context("go back to the agent's namespaces")?;
+    made
 }
 
 /// Process 1 of a shared PID namespace: it reaps orphans and does nothing else.

@@ -5,6 +5,7 @@ use crate::cmdline::Settings;
 use crate::connections::Connections;
 use crate::container::Containers;
 use crate::debug::DebugPorts;
+use crate::devices_bpf;
 use crate::jobs::Jobs;
 use crate::oom::OomWatch;
 use crate::prelude::*;
@@ -26,6 +27,7 @@ pub struct State {
     pub debug_ports: DebugPorts,
     pub oom: OomWatch,
     pub watcher: Watcher,
+    pub device_program: devices_bpf::Kept,
 }
 
 impl State {
@@ -44,6 +46,7 @@ impl State {
             debug_ports: DebugPorts::default(),
             oom: OomWatch::default(),
             watcher: Watcher::default(),
+            device_program: devices_bpf::Kept::default(),
         })
     }
 }

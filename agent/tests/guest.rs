@@ -235,6 +235,23 @@ fn device_rules_are_kept() {
     devices_bpf::attach(directory.raw(), &devices_bpf::compile(&[rule(true, 1, 3)]).unwrap()).unwrap();
     let opens = |path: &'static str| i32::from(sys::open(path, libc::O_RDONLY, 0) == Err(Errno(libc::EPERM)));
     assert_eq!((group.run(|| opens("/dev/null")), group.run(|| opens("/dev/zero"))), (0, 1));
+    // A program that is in the kernel is loaded no second time; other rules are another one.
+    let mut kept = devices_bpf::Kept::default();
+    let mut attach = |minor| {
+        let program = kept.load(devices_bpf::compile(&[rule(true, 1, minor)]).unwrap()).unwrap();
+        devices_bpf::attach_loaded(directory.raw(), program).unwrap();
+        (program_id(program), group.run(|| opens("/dev/null")), group.run(|| opens("/dev/zero")))
+    };
+    let (first, again, other) = (attach(5), attach(5), attach(3));
+    assert_eq!(first, again);
+    assert_eq!((first.1, first.2, other.0 == first.0), (1, 0, false));
+    assert_eq!((other.1, other.2), (0, 1));
+}
+
+/// The kernel's number of a BPF program, by its descriptor.
+fn program_id(program: i32) -> String {
+    let about = fs::read_to_string(format!("/proc/self/fdinfo/{program}")).unwrap();
+    about.lines().find(|line| line.starts_with("prog_id:")).unwrap().to_string()
 }
 
 fn mount(driver: &str, source: &str, fstype: &str, options: &str, point: &str) -> Storage {

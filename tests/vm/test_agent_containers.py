@@ -640,7 +640,7 @@ def test_the_agent_stays_small(guest: Guest) -> None:
 
     def anonymous(name: str) -> int:
         # By a process that is still there when the agent is idle again.
-        script = "sleep 1; grep ^Anonymous: /guest/1/smaps_rollup"
+        script = "sleep 3; grep ^Anonymous: /guest/1/smaps_rollup"
         return int(watcher.sh(name, script, Capabilities=caps(PRIVILEGED))[1].split()[1])
 
     before = anonymous("before")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from waiting import until
 
 from kata.agent.client import VERSION
 from kata.engine.factory import warm_up
+from kata.proto.agent_pb import CreateSandboxRequest
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -41,6 +43,19 @@ def traces(agent_pid: int) -> dict[str, set[str]]:
     }
 
 
+def namespaces_held(pid: int) -> set[tuple[str, str]]:
+    """The kinds and numbers of the namespaces that a process has open."""
+    links = (os.readlink(f"/proc/{pid}/fd/{name}") for name in os.listdir(f"/proc/{pid}/fd"))
+    return {
+        (link.split(":[")[0], link) for link in links if ":[" in link and link.startswith(("ipc", "uts"))
+    }
+
+
+def namespaces_of(pid: int) -> set[tuple[str, str]]:
+    """Its own IPC and UTS namespaces."""
+    return {(kind, os.readlink(f"/proc/{pid}/ns/{kind}")) for kind in ("ipc", "uts")}
+
+
 def test_nothing_of_it_is_left(run_directory: Path) -> None:
     """With the agent as a process of this host, where everybody can look."""
     with HostAgent(run_directory) as host:
@@ -48,12 +63,22 @@ def test_nothing_of_it_is_left(run_directory: Path) -> None:
         async def run() -> None:
             async with connected(host.path) as agent:
                 await agent.check(30)
+                await warm_up.run(agent, "")
+                # What stays is the agent's own, and ready for the next: its device program, and new namespaces.
+                until(lambda: not traces(host.process.pid)["children"], "the end of its processes")
                 before = traces(host.process.pid)
+                ready = namespaces_held(host.process.pid)
+                assert [kind for kind, _number in sorted(ready)] == ["ipc", "uts"]
+                assert not ready & namespaces_of(host.process.pid)
                 seen: list[dict[str, set[str]]] = []
                 start = agent.start_container
 
                 async def watched(container_id: str) -> None:
                     seen.append(traces(host.process.pid))
+                    (child,) = seen[0]["children"]
+                    assert not ready & namespaces_of(
+                        int(child)
+                    )  # they are a sandbox's, not this container's
                     await start(container_id)
 
                 agent.start_container = watched  # type: ignore[method-assign]
@@ -63,6 +88,10 @@ def test_nothing_of_it_is_left(run_directory: Path) -> None:
                 # The process that has taken it away is reaped a moment after its answer.
                 until(lambda: not traces(host.process.pid)["children"], "the end of its processes")
                 assert traces(host.process.pid) == before
+                # They become those of the sandbox, and no others are made.
+                await agent.create_sandbox(CreateSandboxRequest(sandbox_id="sandbox", hostname="guest"))
+                assert namespaces_held(host.process.pid) == ready
+                assert socket.gethostname() != "guest"
 
         asyncio.run(run())
 

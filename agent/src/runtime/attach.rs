@@ -124,14 +124,29 @@ impl Attached {
     }
 }
 
+/// The device program of a container that is handed no devices; none where it is, since theirs is known only when they
+/// are there, and where it may use all devices.
+pub fn known_program(wanted: &[Device], spec: &Spec) -> Result<Option<Vec<u64>>> {
+    if wanted.is_empty() {
+        program(spec, &resolve(&[], spec)?)
+    } else {
+        Ok(None)
+    }
+}
+
+/// Restricts a container to its devices.
+pub fn restrict(cgroup: RawFd, spec: &Spec, attached: &Attached) -> Result<()> {
+    program(spec, attached)?.map_or(Ok(()), |code| devices_bpf::attach(cgroup, &code))
+}
+
 /// Device rules of the spec. Hosts of the original system send none. Then a container without CAP_SYS_ADMIN may use the
 /// default devices, and one with it (a privileged one) all of them.
-pub fn restrict(cgroup: RawFd, spec: &Spec, attached: &Attached) -> Result<()> {
+fn program(spec: &Spec, attached: &Attached) -> Result<Option<Vec<u64>>> {
     let bounding = spec.process.as_deref().and_then(|p| p.capabilities.as_deref()).map_or(&[][..], |c| &c.bounding);
     if attached.rules.is_empty() && bounding.iter().any(|c| c == "CAP_SYS_ADMIN") {
-        return Ok(());
+        return Ok(None);
     }
-    devices_bpf::attach(cgroup, &devices_bpf::compile(&cgroup_rules(&attached.rules, &attached.unruled()))?)
+    devices_bpf::compile(&cgroup_rules(&attached.rules, &attached.unruled())).map(Some)
 }
 
 #[cfg(test)]

@@ -47,6 +47,8 @@ pub struct ContainerPlan<'a> {
     pub shared: Shared,
     /// The cgroup's directory: open, and by name.
     pub cgroup: Option<(RawFd, &'a str)>,
+    /// Its device program, where that is in the kernel already.
+    pub device_program: Option<RawFd>,
     pub stdio: &'a Stdio,
     pub report: Reporter,
 }
@@ -116,7 +118,8 @@ pub fn create(plan: &ContainerPlan) -> Result<Pid> {
     match sys::fork(0, None).context("fork")? {
         Fork::Parent(pid) => Ok(pid),
         Fork::Child => {
-            let mut others = vec![plan.cgroup.map(|c| c.0), plan.shared.ipc, plan.shared.uts, plan.shared.pid];
+            let mut others =
+                vec![plan.cgroup.map(|c| c.0), plan.device_program, plan.shared.ipc, plan.shared.uts, plan.shared.pid];
             others.extend(plan.shared_mounts.iter().map(|source| Some(source.process.raw())));
             become_child(plan.stdio, plan.report, &others);
             finish(plan.report, build_container(plan))
@@ -171,7 +174,10 @@ fn build_container(plan: &ContainerPlan) -> Result<()> {
     }
     plan.report.phase("storages");
     if let Some((cgroup, path)) = plan.cgroup {
-        attach::restrict(cgroup, plan.spec, &attached)?;
+        match plan.device_program {
+            Some(program) => crate::devices_bpf::attach_loaded(cgroup, program)?,
+            None => attach::restrict(cgroup, plan.spec, &attached)?,
+        }
         cgroup_limits::apply(path, &attached.limits)?;
     }
     let shared = shared_mounts::take(plan.shared_mounts)?;

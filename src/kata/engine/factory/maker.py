@@ -236,7 +236,7 @@ def _boot(monitor: Monitor, shape: MachineShape, directory: str) -> None:
             saves_into=directory,
         )
         started = monitor.start(shape, attachments, journal)
-        asyncio.run(_save(monitor, started, journal, directory))
+        asyncio.run(_save(monitor, started, journal, directory, rehearses=shape.accel == "tcg"))
     finally:
         left = journal_undo.undo(journal)
         journal.close()
@@ -261,8 +261,11 @@ def _tap(number: int) -> sysio.Fd:
     return fd
 
 
-async def _save(monitor: Monitor, started: Started, journal: Journal, directory: str) -> None:
+async def _save(
+    monitor: Monitor, started: Started, journal: Journal, directory: str, *, rehearses: bool
+) -> None:
     from kata.agent.client import AgentClient
+    from kata.engine.factory import warm_up
     from kata.ttrpc.client import Client
 
     machine: Machine = monitor.adopt(started, journal)
@@ -273,6 +276,8 @@ async def _save(monitor: Monitor, started: Started, journal: Journal, directory:
         agent = AgentClient(await Client.connect(await machine.channel.connect()))
         try:
             await agent.check(READY_S)
+            if rehearses:
+                await warm_up.run(agent, "")
         finally:
             agent.close()
         await asyncio.sleep(QUIET_S)

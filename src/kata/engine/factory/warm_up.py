@@ -1,11 +1,13 @@
-"""A container that runs and goes in a machine before that waits for a sandbox.
+"""A container that runs and goes in a machine before that waits for a sandbox, or is saved as a template.
 
 Under software emulation the first container of a machine takes several times as long as the second: most of what the
-guest's kernel and its agent do for it has yet to be translated. A machine that waits has done that before. What runs is
-the agent's own program, which says its version: there is nothing of a sandbox in the machine yet, nor of an image.
+guest's kernel and its agent do for it has yet to be translated. A machine that waits has done that before. One that is
+saved keeps nothing that is translated, but what kernel and agent have made: threads, caches, the program of the device
+rules. What runs is the agent's own program, which says its version: there is nothing of a sandbox in the machine yet,
+nor of an image.
 
-Afterwards nothing of it is there: no process, mount, file or cgroup (`tests/vm/test_pool.py` looks). What it has drawn
-from the kernel's random numbers is no secret, and they are seeded anew for the sandbox.
+Afterwards nothing of it is there: no process, mount, file or cgroup (`tests/vm/test_pool_warm_up.py` looks). What it
+has drawn from the kernel's random numbers is no secret, and they are seeded anew for the sandbox.
 """
 
 from __future__ import annotations
