@@ -121,6 +121,11 @@ def test_the_end_of_a_container_loads_little() -> None:
     )
 
 
+def test_a_machine_in_a_network_namespace_starts_before_sockets_are_loaded() -> None:
+    loaded = loaded_by("kata.engine.main", "kata.engine.hostns", "kata.network.plan", "kata.network.netns")
+    assert loaded & {"socket", "selectors", "enum", "collections", "functools", "asyncio"} == set()
+
+
 def _is_third_party(name: str) -> bool:
     return name.split(".")[0] not in sys.stdlib_module_names
 

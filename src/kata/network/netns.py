@@ -14,9 +14,9 @@ namespace was empty when it started. An interface that is removed from the names
 
 from __future__ import annotations
 
+import _socket as socket  # `socket` makes enumerations, which take 10 ms before the machine starts
 import errno
 import os
-import socket
 import struct
 from abc import ABC, abstractmethod
 

@@ -7,8 +7,8 @@ Constants: ``linux/rtnetlink.h``, ``linux/fib_rules.h``.
 
 from __future__ import annotations
 
+import _socket as socket  # `socket` makes enumerations, which take 10 ms before the machine starts
 import errno
-import socket
 import struct
 
 from kata.network.rtnetlink import attribute, attributes
@@ -291,7 +291,7 @@ def in_stock_protocol(
                 "device": names[_number(by_type[_OIF])],
                 "source": _ip(family, by_type.get(_PREFSRC)),
                 "scope": scope,
-                "family": _FAMILIES[socket.AddressFamily(family)],
+                "family": _FAMILIES[family],
                 "flags": flags,
                 "mtu": mtu,
             }

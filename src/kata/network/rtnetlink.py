@@ -9,9 +9,9 @@ Constants and structures: ``linux/rtnetlink.h``, ``linux/if_link.h``, ``linux/pk
 
 from __future__ import annotations
 
+import _socket as socket  # `socket` makes enumerations, which take 10 ms before the machine starts
 import errno
 import os
-import socket
 import struct
 
 from kata.errors import HostError
