@@ -306,6 +306,7 @@ fn persistent_memory_is_a_disk() {
     }
     check_disk(&mount("nvdimm", "/dev/pmem0", "ext4", "ro", "/tmp/pmem"), "pmem");
     check_disk(&mount("pmem", "0c", "ext4", "ro,dax", "/tmp/pmem"), "pmem");
+    assert_eq!(fs::read_to_string("/sys/block/pmem0/queue/write_cache").unwrap(), "write through\n");
 }
 
 #[test]

@@ -16,11 +16,12 @@ mkdir /disk /again
 mknod /device b $(tr : ' ' < /sys/block/pmem0/dev)
 mount -t erofs -o ro /device /again
 grep ' /again ' /proc/mounts
-dd if=/dev/urandom of=/device bs=4096 seek=1 count=300 conv=notrunc 2>/dev/null
+dd if=/dev/urandom of=/device bs=4096 seek=1 count=300 conv=notrunc,fsync 2>/dev/null
 md5sum < /bin/busybox
 """
 """What a privileged container finds: its image is mounted already, so a second mount of it has the first one's options.
-And it tries to write to it."""
+And it tries to write to it, and
+to have that reach the host."""
 READ = "cat /bin/busybox | md5sum; sleep 1000"
 BUSYBOX = hashlib.md5(Path("/usr/bin/busybox").read_bytes()).hexdigest()
 
