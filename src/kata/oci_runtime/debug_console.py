@@ -50,7 +50,7 @@ def refusal(root: str, reference: str) -> KataError:
     shell = (
         _SHELLS.get(namespace)
         or _SHELLS.get(str(client.get("name")))
-        or f"nerdctl -n {namespace} exec -it {{id}} sh"
+        or (f"nerdctl -n {namespace} exec -it {{id}} sh" if namespace else "that of whoever made it")
     )
     name = str(settings.get("id") or os.path.basename(directory))
     return UsageError(
