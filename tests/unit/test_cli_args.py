@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from kata.cli import run, signals, values, words
+from kata.cli import making, signals, values, words
 from kata.cli.args import Command, Option
 from kata.cli.main import COMMANDS, main
 from kata.cli.pump import parse_detach_keys
@@ -363,7 +363,7 @@ def test_what_an_error_quotes_does_nothing_to_the_terminal(capsys: pytest.Captur
 def test_an_image_has_the_volumes_on_which_nothing_is_mounted() -> None:
     spec = {"mounts": [{"destination": "/conf"}, {"destination": "/proc"}]}
     volumes: dict[str, Any] = {"Volumes": {"/conf": {}, "//data/": {}, "/": {}, "logs": {}}}
-    assert run._image_volumes(volumes, spec) == ["/data", "/logs"]
+    assert making._image_volumes(volumes, spec) == ["/data", "/logs"]
 
 
 def test_the_page_for_dockers_users_is_as_the_sources_say() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kata.cli import records, run, session
+from kata.cli import making, records, run, session
 from kata.cli.mounts import DEFAULT_SIZE, Mounts
 from kata.errors import UsageError
 from kata.images import resolve as resolving
@@ -129,7 +129,7 @@ def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
     def make(*arguments: str) -> records.Container:
         parsed = run.COMMANDS["create"].parse([*arguments, "image"])
-        return run.make_container(parsed, auto_remove=False)
+        return making.make_container(parsed, run.SELDOM, auto_remove=False)
 
     return make
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kata.cli import run, values
+from kata.cli import making, run, values
 from kata.cli.run_options import IdFile, RunOptions, exposed_ports, with_host_ports
 from kata.engine.containers.etc_files import resolv_conf
 from kata.errors import UsageError
@@ -179,12 +179,14 @@ def test_0_is_no_limit() -> None:
     spec, _, _ = applied(*(word for option in zeros for word in (option, "0")))
     plain, _, _ = applied("--label", "x")
     assert spec == plain
-    choice = run._Choice(run.COMMANDS["run"].parse(["-m", "0", "--cpus", "0", "image"]))
+    choice = making._Choice(run.COMMANDS["run"].parse(["-m", "0", "--cpus", "0", "image"]), run.SELDOM)
     assert (choice.memory, choice.cpus) == (None, None)
 
 
 def test_empty_names_are_none() -> None:
-    choice = run._Choice(run.COMMANDS["run"].parse(["--name", "", "-h", "", "--network", "", "image"]))
+    choice = making._Choice(
+        run.COMMANDS["run"].parse(["--name", "", "-h", "", "--network", "", "image"]), run.SELDOM
+    )
     assert (choice.name, choice.hostname, choice.network) == (None, None, "user")
 
 

@@ -410,12 +410,12 @@ def flatten(image: Image, layer: Layer, by: str) -> dict[str, Any]:
 @contextlib.contextmanager
 def _container_of(image: Image) -> Iterator[Container]:
     """A container of an image that is never started, and gone afterwards."""
-    from kata.cli import run
+    from kata.cli import making, run
 
     asked = run.COMMANDS["create"].parse(
         ["--network=none", "--storage=tmpfs", "--pull=never", image.id, "/"]
     )
-    container = run.make_container(asked, auto_remove=False, made_to_run=True)
+    container = making.make_container(asked, run.SELDOM, auto_remove=False, made_to_run=True)
     try:
         yield container
     finally:
