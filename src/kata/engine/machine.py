@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 SECRET = frozenset({"runtime.jaeger_password"})
 """Keys that nobody is shown; who needs one reads the configuration."""
 VHOST_USER_STORE = "/var/run/kata-containers/vhost-user"
+"""Where disks are that other processes serve, unless the host says otherwise (the original's default)."""
 MAPPED = ("virtio-pmem", "nvdimm")
 """Values of ``block_device_driver`` by which images are mapped; the second is the older name of the same."""
-"""Where disks are that other processes serve, unless the host says otherwise (the original's default)."""
 BOOT_TIMEOUT = "KATA_BOOT_TIMEOUT"
 """Variable with the seconds that a guest may take to come up; the engine has a default."""
 SHARED_FS = "KATA_SHARED_FS"
