@@ -21,7 +21,7 @@ from kata.cli import (
     inspect_schema,
     inspect_text,
 )
-from kata.errors import ImageError
+from kata.errors import ImageError, UsageError
 from kata.images import handover, platform
 from kata.images.archive import Archive
 from kata.images.layout import Layout
@@ -382,3 +382,26 @@ def test_what_changed_in_a_configuration() -> None:
         "environment: without A=1",
         "environment: with B=2",
     ]
+
+
+def test_a_file_that_cannot_be_written_is_told_before_the_reading(tmp_path: Path) -> None:
+    for path, why in ((tmp_path, "Is a directory"), (tmp_path / "a/b.html", "No such file or directory")):
+        with pytest.raises(UsageError, match=f"--html {path}: {why}"):
+            inspect_image._check_writable("html", str(path))
+    inspect_image._check_writable("html", str(tmp_path / "x.html"))
+    assert not (tmp_path / "x.html").exists()
+
+
+def test_a_file_that_cannot_be_written_does_not_cost_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = inspect_image.COMMANDS["inspect-image"].parse(
+        ["--html", "x.html", "--spdx", "y.json", "--json", "x"]
+    )
+    asked = inspect_image._Asked(arguments)
+    (tmp_path / "x.html").mkdir()  # meanwhile
+    with pytest.raises(UsageError, match=r"--html x\.html: Is a directory"):
+        inspect_image._show(whole_report(), asked)
+    assert json.loads(capsys.readouterr().out)["found"]["packages_found"] == 1
+    assert (tmp_path / "y.json").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -197,6 +198,9 @@ class _Asked:
             raise UsageError("both images cannot come on standard input", "save one of them to a file")
         self.runs = arguments.flag("run")
         self.files = {key: path for key in _FORMATS if (path := arguments.value(key)) is not None}
+        for key, path in self.files.items():
+            if path != "-":
+                _check_writable(key, path)
         printed = [key for key, path in self.files.items() if path == "-"] + ["json"] * self.json
         if len(printed) > 1:
             raise UsageError(
@@ -362,6 +366,7 @@ def _show(report: dict[str, Any], asked: _Asked) -> None:
     from kata.cli import inspect_html, inspect_sbom, inspect_text, table
 
     printed = False
+    failed: UsageError | None = None
     for key, path in asked.files.items():
         if report["found"] is None and key != "html":
             continue  # a list of no packages would be taken for the truth
@@ -382,13 +387,32 @@ def _show(report: dict[str, Any], asked: _Asked) -> None:
             with open(path, "w", encoding="utf-8") as file:
                 file.write(text)
         except OSError as error:
-            raise UsageError(
-                f"--{key} {path}: {error.strerror}", "name a file that can be written"
-            ) from error
+            failed = failed or _unwritable(key, path, error.errno or 0)
     if asked.json:
         table.show_json(report)
     elif not printed:
         inspect_text.show(report)
+    if failed is not None:
+        raise failed
+
+
+def _unwritable(key: str, path: str, number: int) -> UsageError:
+    return UsageError(f"--{key} {path}: {os.strerror(number)}", "name a file that can be written")
+
+
+def _check_writable(key: str, path: str) -> None:
+    """Find out before minutes of reading whether a file can be written afterwards; it is not made yet.
+
+    Raises:
+        UsageError: It cannot.
+    """
+    if os.path.isdir(path):
+        raise _unwritable(key, path, errno.EISDIR)
+    directory = os.path.dirname(path) or "."
+    if not os.path.isdir(directory):
+        raise _unwritable(key, path, errno.ENOENT)
+    if not os.access(path if os.path.exists(path) else directory, os.W_OK):
+        raise _unwritable(key, path, errno.EACCES)
 
 
 def _fails(found: dict[str, Any], grade: str) -> bool:
