@@ -1,8 +1,9 @@
 """`kata inspect-image` over images that are made to be nasty, and ordinary ones: what it says, and what is right.
 
-For each kind of finding and of package: how many were planted, how many were reported, precision and recall. With
-syft, the packages of the kinds that both know are compared: none may be missing that syft finds. A run over
-all images writes the tables into docs/inspect-image.md.
+For each kind of finding and of package: how many were planted, how many were reported, precision and recall. Beside
+other scanners (syft, trivy), the packages of the kinds that both know are compared: none may be missing that they find.
+The lists of packages are checked by the tools of their formats. A run over all images writes the tables into
+docs/inspect-image.md.
 
 Resumable: what was seen of an image is a line of ``build/conformance/inspect.jsonl``, and is not tried again.
 """
@@ -18,16 +19,18 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, unquote
 
 import inspect_ordinary
 import marked_page
 import planted_images
 from conftest import ROOT, Kata
 
-from kata.cli import inspect_configuration, inspect_schema
+from kata import __version__
+from kata.cli import inspect_configuration, inspect_sbom, inspect_schema
 from kata.errors import KataError
 from kata.images import handover, platform
 from kata.images.layout import Layout
@@ -35,7 +38,7 @@ from kata.images.layout import Layout
 LINES = ROOT / "build/conformance/inspect.jsonl"
 IMAGES = ROOT / "build/conformance/inspect-images"
 PROGRAM = ROOT / "inspector/target/x86_64-unknown-linux-gnu/release/kata-inspector"
-SYFT = ROOT / "build/programs/syft"
+PROGRAMS = ROOT / "build/programs"
 PAGE = ROOT / "docs/inspect-image.md"
 BEGIN, END = "<!-- written by tools/conformance --inspect -->", "<!-- up to here -->"
 SYFT_KINDS = {
@@ -99,10 +102,10 @@ def said_here(case: Case, work: Path) -> tuple[str, str]:
     except KataError as error:
         return "", error.message
     described = inspect_configuration.described(chosen, found.pop("masks"))
-    return json.dumps({"found": found, "problem": "", **described}), ""
+    return json.dumps({"tool": f"kata {__version__}", "found": found, "problem": "", **described}), ""
 
 
-def judged(case: Case, said: tuple[str, str], began: float) -> dict[str, Any]:
+def judged(case: Case, said: tuple[str, str], began: float, work: Path) -> dict[str, Any]:
     """What of a report is right, and what is wrong."""
     text, error = said
     try:
@@ -127,6 +130,8 @@ def judged(case: Case, said: tuple[str, str], began: float) -> dict[str, Any]:
     problem = document["problem"] or "".join(
         f"shown: {secret[:4]}... " for secret in case.text if secret in text
     )
+    if not problem and found:
+        problem = wrong_lists(document, work)
     if not problem and case.known is None and hidden != Counter(case.hidden):
         problem = f"hidden: {dict(hidden)}"
     return {
@@ -136,6 +141,27 @@ def judged(case: Case, said: tuple[str, str], began: float) -> dict[str, Any]:
         "packages": tally(case.packages, packages),
         "all": sorted({(one["kind"], one["name"], one["version"]) for one in found.get("packages", [])}),
     }  # fmt: skip
+
+
+def wrong_lists(document: dict[str, Any], work: Path) -> str:
+    """What the tools of CycloneDX and of SPDX say is wrong with the lists of packages; empty if nothing."""
+    from cyclonedx.schema import SchemaVersion
+    from cyclonedx.validation.json import JsonStrictValidator
+    from spdx_tools.spdx.parser.parse_anything import parse_file
+    from spdx_tools.spdx.validation.document_validator import validate_full_spdx_document
+
+    problem = JsonStrictValidator(SchemaVersion.V1_5).validate_str(
+        json.dumps(inspect_sbom.cyclonedx(document))
+    )
+    if problem is not None:
+        return f"CycloneDX: {problem}"[:300]
+    target = work / "packages.spdx.json"
+    target.write_text(json.dumps(inspect_sbom.spdx(document)))
+    try:
+        wrong = validate_full_spdx_document(parse_file(str(target)))
+    finally:
+        target.unlink()
+    return f"SPDX: {wrong[0].validation_message}"[:300] if wrong else ""
 
 
 def tally(right: Counter[Any], found: Counter[Any]) -> dict[str, Any]:
@@ -151,10 +177,10 @@ def tally(right: Counter[Any], found: Counter[Any]) -> dict[str, Any]:
     }
 
 
-def seen_by_syft(case: Case) -> list[list[str]] | None:
+def seen_by_syft(case: Case, _work: Path) -> list[list[str]] | None:
     """What syft finds; None if it ends with an error, as it does with layers that are damaged."""
     done = subprocess.run(
-        [SYFT, "scan", f"oci-dir:{case.layout}", "-q", "-o", "json"],
+        [PROGRAMS / "syft", "scan", f"oci-dir:{case.layout}", "-q", "-o", "json"],
         capture_output=True, timeout=900, check=False, env={**os.environ, "SYFT_CHECK_FOR_APP_UPDATE": "false"},
     )  # fmt: skip
     if done.returncode:
@@ -168,6 +194,39 @@ def seen_by_syft(case: Case) -> list[list[str]] | None:
                 name = f"{group}:{name}" if group else name
             found.add((SYFT_KINDS[one["type"]], name, one["version"]))
     return sorted(map(list, found))
+
+
+def seen_by_trivy(case: Case, work: Path) -> list[list[str]] | None:
+    """What trivy lists when it has no database of vulnerabilities; None if it ends with an error."""
+    done = subprocess.run(
+        [PROGRAMS / "trivy", "image", "-q", "--input", case.layout, "--format", "cyclonedx", "--offline-scan",
+         "--cache-dir", work / "trivy"],
+        capture_output=True, timeout=900, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        return None
+    urls = [one.get("purl", "") for one in json.loads(done.stdout).get("components", [])]
+    return sorted(map(list, {found for url in urls if (found := of_url(url)) is not None}))
+
+
+def of_url(url: str) -> tuple[str, str, str] | None:
+    """A package as its URL names it; None for a kind that is not compared, or without a version."""
+    url, _, further = url.partition("?")
+    kind, _, rest = url.removeprefix("pkg:").partition("/")
+    path, _, version = rest.partition("@")
+    parts = [unquote(part) for part in path.split("/")]
+    version = unquote(version)
+    if kind not in SYFT_KINDS.values() or not version:
+        return None
+    if kind == "golang":
+        return kind, "/".join(parts), version.removeprefix("v") if path == "stdlib" else version
+    if kind == "npm":
+        return kind, "/".join(parts), version
+    epoch = dict(parse_qsl(further)).get("epoch", "0")
+    if kind == "deb" and epoch != "0":
+        version = f"{epoch}:{version}"
+    # Before the name is a group, or a distribution, which is not compared.
+    return kind, f"{parts[-2]}:{parts[-1]}" if kind == "maven" and len(parts) > 1 else parts[-1], version
 
 
 def plain(package: list[str]) -> tuple[str, str, str]:
@@ -246,21 +305,22 @@ def show(rows: dict[str, dict[str, Any]]) -> int:
     return wrong
 
 
-SCANNERS = {"syft": "syft"}
-"""Member of a row -> what a scanner is called."""
+SCANNERS: dict[str, Callable[[Case, Path], list[list[str]] | None]] = {
+    "syft": seen_by_syft,
+    "trivy": seen_by_trivy,
+}
+"""Member of a row, which is the program's name -> what it finds."""
 
 
 def beside(rows: dict[str, dict[str, Any]]) -> list[str]:
     """What other scanners find, as a table."""
     lines = []
-    for key, name in SCANNERS.items():
+    for key in SCANNERS:
         those = [row for row in rows.values() if row.get(key) is not None]
         if those:
             wrong = sum(len(row.get(f"{key}_wrong", [])) for row in those)
             absent = sum(len(row[f"{key}_missed"]) for row in those)
-            lines.append(
-                f"| {name} | {len(those)} | {sum(row[key] for row in those)} | {wrong} | {absent} |"
-            )
+            lines.append(f"| {key} | {len(those)} | {sum(row[key] for row in those)} | {wrong} | {absent} |")
     head = [
         "",
         "| scanner | images it reads | packages it finds | none: removed, or without a version | missing here |",
@@ -295,7 +355,7 @@ def main() -> int:
     parser.add_argument(
         "--here", action="store_true", help="start the machine's program here: quick, and without a machine"
     )
-    parser.add_argument("--no-syft", action="store_true", help="without syft, be it there")
+    parser.add_argument("--alone", action="store_true", help="without other scanners, be they there")
     options = parser.parse_args()
     LINES.parent.mkdir(parents=True, exist_ok=True)
     if options.fresh:
@@ -303,25 +363,27 @@ def main() -> int:
     rows = {}
     if LINES.exists():
         rows = {row["name"]: row for row in map(json.loads, LINES.read_text().splitlines())}
-    syft = SYFT.exists() and not options.no_syft
+    scanners = [key for key in SCANNERS if (PROGRAMS / key).exists() and not options.alone]
     chosen = {}
     with tempfile.TemporaryDirectory(prefix="ki") as directory:
         work = Path(directory)
         kata = Kata(work, Path(os.environ["KATA_GUEST_DIR"]))
         for case in cases(work / "images", options.only, options.count):
             row = rows.get(case.name)
-            if row is None or (syft and "syft" not in row):
-                row = {"name": case.name, "here": options.here}
+            is_new = row is None
+            if row is None:
                 began = time.monotonic()
                 said = said_here(case, work) if options.here else said_in_machine(kata, case)
-                row.update(judged(case, said, began))
-                if syft and "all" in row:
-                    theirs = seen_by_syft(case)
-                    row["syft"] = None if theirs is None else len(theirs)
-                    row.update(split("syft", case, missed(row["all"], theirs or [])))
+                row = {"name": case.name, "here": options.here, **judged(case, said, began, work)}
+            asked = [key for key in scanners if "all" in row and key not in row]
+            for key in asked:
+                theirs = SCANNERS[key](case, work)
+                row[key] = None if theirs is None else len(theirs)
+                row.update(split(key, case, missed(row["all"], theirs or [])))
+            if is_new or asked:
                 with LINES.open("a") as file:
                     file.write(json.dumps(row) + "\n")
-                print(case.name, row.get("seconds", ""), row["problem"], flush=True)
+                print(case.name, row.get("seconds", ""), row["problem"], *asked, flush=True)
             chosen[case.name] = row
     wrong = show(chosen)
     if not options.only and not options.count:

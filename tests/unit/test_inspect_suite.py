@@ -47,6 +47,26 @@ def test_versions_that_are_made_up_are_not_missed() -> None:
     assert inspect_suite.missed(mine, theirs) == [("deb", "more", "1")]
 
 
+def test_packages_as_their_urls_name_them() -> None:
+    urls = {
+        "pkg:deb/debian/git@2.39.5-0%2Bdeb12u3?arch=amd64&distro=debian-12&epoch=1": (
+            "deb",
+            "git",
+            "1:2.39.5-0+deb12u3",
+        ),
+        "pkg:npm/%40a/b@1.0": ("npm", "@a/b", "1.0"),
+        "pkg:golang/a.org/x/y@v1.2.3": ("golang", "a.org/x/y", "v1.2.3"),
+        "pkg:golang/stdlib@v1.22.1": ("golang", "stdlib", "1.22.1"),
+        "pkg:maven/org.a/b@3": ("maven", "org.a:b", "3"),
+        "pkg:maven/b@3": ("maven", "b", "3"),
+        "pkg:rpm/fedora/x@1-2?epoch=1": ("rpm", "x", "1-2"),
+        "pkg:pypi/a": None,
+        "pkg:cargo/a@1": None,
+        "": None,
+    }
+    assert {url: inspect_suite.of_url(url) for url in urls} == urls
+
+
 def test_what_was_planted_to_look_like_a_package_is_none() -> None:
     case = inspect_suite.Case("nasty/x", Path(), Counter(), Counter([("deb", "there", "1")]))
     absent = [("deb", "there", "1"), ("deb", "removed", "1")]
