@@ -274,8 +274,8 @@ def test_accelerators() -> None:
     [
         ({}, "3", False),
         ({"vcpus": 1, "max_vcpus": 4}, "6", False),
-        ({"vcpus": 2}, "4", True),
-        ({"vcpus": 30}, "32", True),
+        ({"vcpus": 2}, "", True),
+        ({"vcpus": 1, "max_vcpus": 30}, "32", False),
         ({"vcpus": 1, "max_vcpus": 31}, "", True),
         ({"vcpus": 2, "machine_options": "hpet=off"}, "", True),
         ({"machine_options": "hpet=off"}, "", False),
@@ -287,6 +287,8 @@ def test_what_emulated_processors_tick_by(changes: dict[str, Any], timers: str, 
     found = [one for one in options(argv, "-global") if one.startswith("hpet.")]
     assert found == (["hpet.msi=on", f"hpet.timers={timers}"] if timers else [])
     assert ("nolapic_timer" not in options(argv, "-append")[0].split()) is local
+    # Without HPET timers that it can use, a guest is to trust the local ones.
+    assert ("-arat" in options(argv, "-cpu")[0].split(",")) is bool(timers)
 
 
 def test_descriptors() -> None:

@@ -105,11 +105,11 @@ def cpu_model(settings: VMSettings) -> str:
 
     Emulation runs ``rep stosb``/``rep movsb`` byte by byte: a guest that believes in "enhanced rep movsb"
     clears memory fifteen times slower. And a guest whose local APIC's timer never stops ("arat") does not look
-    at the HPET's timers (see `hpet_timers`). A microvm has no HPET.
+    at the HPET's timers (see `hpet_timers`).
     """
     if settings.accel == "kvm":
         return "host"
-    return "max,-erms" if settings.machine == slots.MICROVM else "max,-erms,-arat"
+    return "max,-erms,-arat" if hpet_timers(settings) else "max,-erms"
 
 
 def hpet_timers(settings: VMSettings) -> int:
@@ -119,9 +119,14 @@ def hpet_timers(settings: VMSettings) -> int:
     fast it is; with message signalled interrupts, Linux gives each processor one of its timers as clock event
     device. The first of them ticks for the machine, and the last Linux keeps for the emulation of a real-time
     clock's interrupt (drivers/clocksource, arch/x86/kernel/hpet.c).
+
+    A machine that starts with several processors keeps to the local timers, which it has measured by then: in one of
+    some fifty boots on a busy host, the change to the HPET's while both processors tick left the first one without
+    a timer for good, or called through a null pointer (tick_do_broadcast in kernel/time/tick-broadcast.c).
     """
     wanted = max(settings.max_vcpus + 2, 3)
     has_one = "hpet=off" not in settings.machine_options and settings.machine != slots.MICROVM
+    has_one = has_one and settings.vcpus == 1
     return wanted if settings.accel == "tcg" and has_one and wanted <= _HPET_MOST else 0
 
 
@@ -377,10 +382,8 @@ def _emulation(settings: VMSettings) -> list[str]:
     has_another = settings.machine != slots.MICROVM
     if has_another and settings.vcpus == 1 and (hpet_timers(settings) or settings.max_vcpus == 1):
         # A single processor does without, whatever else the machine has. More than one, and no timer for each:
-        # the guest would tick along at full rate for ever, idle or not. And a second processor that boots without has
-        # its ticks passed on by the first until it has its HPET timer; Linux calls through a null pointer if one comes
-        # in the instant of the change (tick_do_broadcast in kernel/time/tick-broadcast.c), once in hundreds of boots
-        # on a busy host. So such a machine spends the time: about 0.2 s.
+        # the guest would tick along at full rate for ever, idle or not. A machine that starts with several has no
+        # other (`hpet_timers`), and spends the time: about 0.2 s.
         parts.append("nolapic_timer")
     return parts
 
