@@ -335,6 +335,7 @@ def spawn(
 
     Raises:
         OSError: It could not be executed; `strerror` says why. Its entry in the journal is marked as gone.
+        TimeoutError: It did not get so far, as when somebody has stopped it; it is killed then.
         RuntimeError: Not called from the main thread.
     """
     if _thread.get_native_id() != os.getpid():
@@ -377,7 +378,7 @@ def spawn(
             journal.commit(entry, pid=pid)
             os.write(gate_write.raw, b"x")
             exec_status_write.close()
-            word = os.read(exec_status_read.raw, 64)
+            word = sysio.read_exec_status(exec_status_read.raw)
             if word:
                 number = int(word[1:])
                 raise OSError(number, f"cannot {_STAGES[word[0]]} {argv[0]}: {os.strerror(number)}", argv[0])

@@ -693,11 +693,31 @@ def pidfd_send_signal(pidfd: int, signal_number: int) -> None:
 
 def pidfd_wait(pidfd: int, timeout_s: float) -> bool:
     """Wait at most `timeout_s` seconds until the process has ended (or is a zombie). Returns whether it has."""
+    return readable(pidfd, timeout_s)
+
+
+def readable(fd: int, timeout_s: float) -> bool:
+    """Wait at most `timeout_s` seconds until a read would not block, at the end of a pipe, too. Returns whether."""
     import select
 
     poller = select.poll()
-    poller.register(pidfd, select.POLLIN)
+    poller.register(fd, select.POLLIN)
     return bool(poller.poll(max(0, int(timeout_s * 1000))))
+
+
+EXEC_TIMEOUT_S = 60.0
+"""How long a process that was forked may take until it executes its program, in seconds."""
+
+
+def read_exec_status(fd: int) -> bytes:
+    """Read what a process that was forked says before it executes its program, which closes its end.
+
+    Raises:
+        TimeoutError: It has not got so far in `EXEC_TIMEOUT_S`, as when somebody has stopped it.
+    """
+    if not readable(fd, EXEC_TIMEOUT_S):
+        raise TimeoutError(errno.ETIMEDOUT, f"it was not executed within {EXEC_TIMEOUT_S:.0f} s")
+    return os.read(fd, 64)
 
 
 def proc_starttime(pid: int) -> int | None:

@@ -6,13 +6,14 @@ import asyncio
 import fcntl
 import os
 import resource
+import signal
 import time
 from pathlib import Path
 
 import pytest
 from waiting import until
 
-from kata import children
+from kata import children, sysio
 from kata.journal import Journal
 
 
@@ -103,6 +104,22 @@ def test_a_helper_that_cannot_be_executed_leaves_nothing(journal: Journal) -> No
     child.on_exit(lambda: None)
     child.stop()
     assert len(os.listdir("/proc/self/fd")) == before
+    assert not [entry for entry in journal.entries if entry.kind == "process" and not entry.gone]
+
+
+def test_a_helper_that_is_stopped_before_its_program_is_not_waited_for_without_end(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_arguments: object, **_more: object) -> None:
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    monkeypatch.setattr(sysio, "EXEC_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(children, "_exec_child", stop)
+    child = children.SupervisedChild("the helper")
+    with pytest.raises(TimeoutError, match="not executed within"):
+        child.start(["/bin/true"], journal, "helper")
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
     assert not [entry for entry in journal.entries if entry.kind == "process" and not entry.gone]
 
 

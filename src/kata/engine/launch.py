@@ -402,6 +402,7 @@ def _execute(
         OSError: It could not be.
     """
     exec_status_read, exec_status_write = map(sysio.Fd, os.pipe())
+    word = b""
     argv = [*launcher.command(), "engine", directory]
     try:
         child = os.fork()
@@ -409,11 +410,14 @@ def _execute(
             _become_engine(argv, fds, exec_status_write.raw)
         exec_status_write.close()
         os.waitpid(child, 0)
-        word = b""
-        while piece := os.read(exec_status_read.raw, 64):
+        while piece := sysio.read_exec_status(exec_status_read.raw):
             if not word:
                 _transfer_ownership(journal, int(piece.split()[0]))
             word += piece
+    except TimeoutError:
+        if word:  # it has not ended, so its number is nobody else's
+            os.kill(int(word.split()[0]), sysio.SIGKILL)
+        raise
     finally:
         exec_status_read.close()
         exec_status_write.close()
