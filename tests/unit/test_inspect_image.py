@@ -384,6 +384,24 @@ def test_what_changed_in_a_configuration() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("config", "built"),
+    [
+        ({"os": "linux", "architecture": "amd64"}, None),
+        ({"os": "linux", "architecture": "arm64"}, "linux/arm64"),
+        ({"os": "windows", "architecture": "amd64"}, "windows/amd64"),
+        ({}, "no known platform"),
+    ],
+)
+def test_a_platform_that_was_asked_for_is_the_images_own(config: dict[str, str], built: str | None) -> None:
+    chosen = handover.Selection("the image", "sha256:0", json.dumps(config))
+    if built is None:
+        inspect_image._need_platform(chosen, platform.parse("linux/amd64"))
+    else:
+        with pytest.raises(ImageError, match=f"the image is built for {built}, not for linux/amd64"):
+            inspect_image._need_platform(chosen, platform.parse("linux/amd64"))
+
+
 def test_a_file_that_cannot_be_written_is_told_before_the_reading(tmp_path: Path) -> None:
     for path, why in ((tmp_path, "Is a directory"), (tmp_path / "a/b.html", "No such file or directory")):
         with pytest.raises(UsageError, match=f"--html {path}: {why}"):

@@ -161,6 +161,26 @@ def _or_closed(name: str, source: Any, tag: str, platform: Platform) -> Selectio
         raise
 
 
+def _need_platform(chosen: Selection, wanted: Platform) -> None:
+    """See that an image is for the platform that was asked for: one that is alone in its archive says so nowhere else.
+
+    Raises:
+        ImageError: Its configuration names another one, or none.
+    """
+    from kata.cli import inspect_configuration
+    from kata.images import resolve
+
+    built = inspect_configuration.described(chosen)["image"]["platform"]
+    try:
+        if resolve.runs_on(built, wanted):
+            return
+    except KataError:
+        built = "no known platform"
+    raise ImageError(
+        f"{chosen.name} is built for {built}, not for {wanted}", "leave --platform out to read it"
+    )
+
+
 # ---- the report ----
 
 
@@ -188,6 +208,7 @@ class _Asked:
             self.memory = inspect_clamav.sized(self.signatures, self.memory, given=memory)
         platform = arguments.value("platform")
         self.platform = platforms.parse(platform) if platform else platforms.host()
+        self.is_platform_given = platform is not None
         self.quiet = arguments.flag("quiet")
         self.json = arguments.flag("json")
         self.names = [arguments.rest[0]]
@@ -240,6 +261,9 @@ def _machine(asked: _Asked, command: list[str], *, shell: bool) -> tuple[Contain
         chosen = [
             stack.enter_context(_selected(name, asked.platform, quiet=asked.quiet)) for name in asked.names
         ]
+        if asked.is_platform_given:
+            for one in chosen:
+                _need_platform(one, asked.platform)
         scanner = _scanner(asked)
         programs = inspect_machine.tools({"busybox": inspect_machine.busybox()} if shell else None)
 
