@@ -279,7 +279,8 @@ def _words(pid: int) -> str:
 
 def _cgroups() -> set[str]:
     found = set()
-    for tree in (_CGROUPS, *_CGROUPS.glob("*/")):
+    # CRI-O and podman make plain directories for hierarchies that are not mounted here: no cgroups, in a tmpfs.
+    for tree in filter(os.path.ismount, (_CGROUPS, *_CGROUPS.glob("*/"))):
         found |= {path for path, _, _ in os.walk(tree / "libpod_parent")}
     return found
 
