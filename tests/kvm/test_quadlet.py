@@ -25,25 +25,25 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 LONG = {"test_a_quadlet_is_a_service"}
 BASE = ROOT / "build/podman/trixie"
 GENERATOR = BASE / "usr/lib/systemd/system-generators/podman-system-generator"
-UNIT = f"""\
-[Container]
-Image={IMAGE}
-GlobalArgs=--runtime kata
-Network=none
-Exec=sh -c "trap 'exit 0' TERM; sleep 1000 & wait"
-[Service]
-Restart=on-failure
-TimeoutStartSec=900
-"""
-ENDS = f"""\
-[Container]
-Image={IMAGE}
-GlobalArgs=--runtime kata
-Network=none
-Exec=sh -c "exit 7"
-[Service]
-TimeoutStartSec=900
-"""
+
+
+def unit(command: str, *service: str) -> str:
+    """A unit whose container executes a command by a shell."""
+    lines = (
+        *(
+            "[Container]",
+            f"Image={IMAGE}",
+            "GlobalArgs=--runtime kata",
+            "Network=none",
+            f'Exec=sh -c "{command}"',
+        ),
+        *("[Service]", *service, "TimeoutStartSec=900"),
+    )
+    return "\n".join(lines) + "\n"
+
+
+UNIT = unit("trap 'exit 0' TERM; sleep 1000 & wait", "Restart=on-failure")
+ENDS = unit("exit 7")
 
 
 @pytest.fixture

@@ -110,7 +110,7 @@ stream_port = "0"
 default_runtime = "kata"
 cgroup_manager = "cgroupfs"
 conmon_cgroup = "pod"
-# By nft; CRI-O 1.34 crashes at the first one where there is none.
+# CRI-O 1.34 makes them by nft.
 disable_hostport_mapping = {"false" if shutil.which("nft") else "true"}
 pinns_path = "{PROGRAMS}/pinns"
 namespaces_dir = "{directory}/ns"
