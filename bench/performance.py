@@ -52,8 +52,6 @@ from overhead import descendants, field  # noqa: E402
 from peers import Oci, Peers  # noqa: E402
 from performance_table import Rounds, machine, median, p95, put, table  # noqa: E402
 
-from kata.config.files import VARIABLE as CONFIG_VARIABLE  # noqa: E402
-
 PARTS = ("one", "pool", "many", "pods", "memory")
 RUNC = "io.containerd.runc.v2"
 MIB = 1 << 20
@@ -130,18 +128,12 @@ def one(
 
 def cold(tree: Tree) -> dict[str, str]:
     """The environment in which a checkout's starts boot."""
-    return _configured(tree, "cold", "enable_template = false")
+    return start.configured(tree.directory, tree.environment, "cold", "enable_template = false")
 
 
 def with_parent(tree: Tree) -> dict[str, str]:
     """The environment in which a checkout's engines are forked off a process that has them loaded."""
-    return _configured(tree, "parent", "enable_engine_parent = true")
-
-
-def _configured(tree: Tree, name: str, line: str) -> dict[str, str]:
-    conf = tree.directory / f"{name}.toml"
-    conf.write_text(f"[factory]\n{line}\n")
-    return {**tree.environment, CONFIG_VARIABLE: str(conf)}
+    return start.configured(tree.directory, tree.environment, "parent", "enable_engine_parent = true")
 
 
 def _delete(runtime: Oci) -> float:
@@ -198,22 +190,6 @@ def sandboxes(tree: Tree, number: int, environment: dict[str, str] | None = None
         subprocess.run(
             [*tree.program, "rm", "-f", *names], env=tree.environment, capture_output=True, check=False
         )
-
-
-def _template(tree: Tree) -> None:
-    """Start containers until one goes on from a template, as all do that count.
-
-    Raises:
-        SystemExit: None did.
-    """
-    run = [*tree.program, "run", "--rm", "--network", "none", "--timings", tree.image, "true"]
-    until = time.monotonic() + warmpool.FILLED_S
-    while time.monotonic() < until:
-        done = subprocess.run(run, env=tree.environment, capture_output=True, text=True, check=True)
-        if "start: template" in done.stderr:
-            return
-        time.sleep(SETTLE_S)
-    raise SystemExit(f"error: no start goes on from a template: {done.stderr}")
 
 
 def many(trees: dict[str, Tree], rounds: int, counts: Sequence[int]) -> Rounds:
@@ -385,7 +361,7 @@ def measure(work: Path, other: Path | None, options: argparse.Namespace, took: R
                 podmans = stack.enter_context(start.podmans(this.guest))
                 took |= one(trees, Peers(work / "p", this), bare, podmans, options.rounds)
             if {"many", "memory"} & set(parts):
-                _template(this)
+                start.await_template(this.program, this.image, this.environment)
             if "pool" in parts:
                 took |= warmpool.measure(this, partial(_ctr_runc, this), options.rounds)
             if "many" in parts:

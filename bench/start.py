@@ -1,4 +1,4 @@
-"""How long a cold start takes, with what a user would have instead measured in the same run.
+"""How long a start takes, cold and from a template, beside what a user would have instead, all in the same run.
 
 These things, once each in every round, in an order that is shuffled anew so that no one always runs on the
 warmer machine:
@@ -9,15 +9,16 @@ warmer machine:
   boots it by hand.
 * ``tuned``: the same with the kernel parameters that ``kata`` gives (half of the boot is spared by not probing
   timers and buses): no container system in a VM can be quicker than that, with this kernel.
-* ``kata``: ``kata run --rm IMAGE true``, from executing it until it has ended.
+* ``kata cold``: ``kata run --rm IMAGE true`` with templates turned off, from executing it until it has ended.
+* ``kata template``: the same by a machine that goes on from a template, which is there before the first round.
 * ``runc``: ``runc run`` of the same root file system and command, without a VM.
 * ``podman runc``, ``podman crun``, ``podman kata``: ``podman run --rm --network none`` of the same image and command
   with each runtime, where podman is (``tools/setup test``).
 
 Reported are medians and their ratios to both boots, in milliseconds. Needs root, runc, and a guest.
 
-With ``--profile FILE`` only kata is started, and the medians of its start ledgers are drawn as a waterfall
-(`waterfall.py`).
+With ``--profile FILE`` only kata is started, from a template or, with ``--cold``, without one, and the medians of
+its start ledgers are drawn as a waterfall (`waterfall.py`).
 """
 
 from __future__ import annotations
@@ -48,6 +49,13 @@ import bareboot  # noqa: E402
 import podman_support  # noqa: E402
 import waterfall  # noqa: E402
 
+from kata.config.files import VARIABLE as CONFIG_VARIABLE  # noqa: E402
+
+TEMPLATE_S = 120.0
+"""How long a template may take until starts go on from it."""
+PAUSE_S = 3
+"""Between two starts that ask for it."""
+
 KATA = ["/usr/bin/python3", "-I", "-S", str(ROOT / "src/kata/__main__.py")]
 IMAGE = ROOT / "build/images/busybox"
 
@@ -68,6 +76,43 @@ def timed(command: list[str], environment: dict[str, str] | None = None) -> floa
             f"error: {' '.join(command)} ended with {done.returncode}:\n{done.stderr.decode(errors='replace')}"
         )
     return took
+
+
+def configured(directory: Path, environment: dict[str, str], name: str, line: str) -> dict[str, str]:
+    """An environment whose configuration has one more line in its ``[factory]`` table.
+
+    Args:
+        directory: Where the configuration file goes, as NAME.toml.
+        environment: What the environment has besides.
+        name: Of the file.
+        line: A key and its value.
+    """
+    conf = directory / f"{name}.toml"
+    conf.write_text(f"[factory]\n{line}\n")
+    return {**environment, CONFIG_VARIABLE: str(conf)}
+
+
+def await_template(kata: list[str], image: str, environment: dict[str, str], network: str = "none") -> None:
+    """Start containers until one goes on from a template, as all do that come after it.
+
+    Args:
+        kata: The ``kata`` command.
+        image: What the containers run.
+        environment: Of the command.
+        network: Its ``--network``; each has a template of its own.
+
+    Raises:
+        SystemExit: None did within TEMPLATE_S seconds.
+        subprocess.CalledProcessError: A start failed.
+    """
+    run = [*kata, "run", "--rm", "--network", network, "--timings", image, "true"]
+    until = time.monotonic() + TEMPLATE_S
+    while time.monotonic() < until:
+        done = subprocess.run(run, env=environment, capture_output=True, text=True, check=True)
+        if "start: template" in done.stderr:
+            return
+        time.sleep(PAUSE_S)
+    raise SystemExit(f"error: no start goes on from a template: {done.stderr}")
 
 
 def unpack(image: Path, target: Path) -> None:
@@ -102,8 +147,13 @@ def runc_bundle(work: Path) -> list[str]:
 def podmans(guest: Path) -> Iterator[dict[str, tuple[list[str], dict[str, str]]]]:
     """A podman with storage of its own: contender -> command and environment. There are none without podman.
 
+    Kata's goes on from a template, which is there when this yields.
+
     Args:
         guest: The guest's directory.
+
+    Raises:
+        SystemExit: The container did not run, or there was no template within TEMPLATE_S seconds.
     """
     if podman_support.installed() is None:
         yield {}
@@ -111,10 +161,26 @@ def podmans(guest: Path) -> Iterator[dict[str, tuple[list[str], dict[str, str]]]
     work = Path(tempfile.mkdtemp(prefix="kp", dir="/tmp"))
     with podman_support.running(work, guest, f"oci:{IMAGE}") as podman:
         tail = [podman_support.IMAGE, "true"]
-        yield {
+        found = {
             f"podman {runtime}": ([*podman.run_command(runtime, "--network", "none"), *tail], podman.env)
             for runtime in podman_support.RUNTIMES
         }
+        if "podman kata" in found:
+            state = {"KATA_STATE_DIR": str(podman.directory / "s"), "KATA_RUN_DIR": str(podman.run_dir)}
+            _await_made(*found["podman kata"], {**os.environ, **state})
+        yield found
+
+
+def _await_made(command: list[str], environment: dict[str, str], kata: dict[str, str]) -> None:
+    """Run *command* until its machine's template is there, as ``kata factory status`` tells in *kata*'s directories."""
+    until = time.monotonic() + TEMPLATE_S
+    while time.monotonic() < until:
+        timed(command, environment)
+        time.sleep(PAUSE_S)
+        status = [*KATA, "factory", "status", "--json"]
+        if json.loads(subprocess.run(status, env=kata, capture_output=True, check=True).stdout)["templates"]:
+            return
+    raise SystemExit(f"error: no template after {TEMPLATE_S:g} s of {shlex.join(command)}")
 
 
 def measure(rounds: int, warm_up: int, contenders: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
@@ -180,14 +246,17 @@ def profile(file: Path, rounds: int, options: list[str], environment: dict[str, 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description="Cold start against a bare boot and against runc.")
+    parser = argparse.ArgumentParser(description="Starts against a bare boot and against runc.")
     parser.add_argument("--rounds", type=int, default=20, help="how often each is run (default %(default)s)")
     parser.add_argument("--network", choices=["user", "none"], default="user", help="of the container")
     parser.add_argument("--json", action="store_true", help="print JSON, with every single time")
     parser.add_argument(
         "--profile", type=Path, metavar="FILE", help="draw the steps of kata's start alone into FILE (SVG)"
     )
+    parser.add_argument("--cold", action="store_true", help="with --profile: starts without a template")
     options = parser.parse_args()
+    if options.cold and not options.profile:
+        parser.error("--cold belongs to --profile; without it both are measured")
     if options.rounds < 2:
         parser.error("--rounds: at least 2")
     if os.geteuid() != 0:
@@ -198,17 +267,22 @@ def main() -> None:
     try:
         environment = {**os.environ, "KATA_RUN_DIR": str(work / "r"), "KATA_STATE_DIR": str(work / "s")}
         guest = Path(environment["KATA_GUEST_DIR"])
+        cold = configured(work, environment, "cold", "enable_template = false")
+        if options.profile and options.cold:
+            profile(options.profile, options.rounds, ["--network", options.network], cold)
+            return
+        await_template(KATA, f"oci:{IMAGE}", environment, options.network)  # converts the image, too
         if options.profile:
             profile(options.profile, options.rounds, ["--network", options.network], environment)
             return
         command = [*KATA, "run", "--rm", "--network", options.network, f"oci:{IMAGE}", "true"]
         runc = runc_bundle(work)
-        timed(command, environment)  # converts the image
         tuned = bareboot.prepare(guest, work, environment)
         bare = bareboot.untuned(tuned)
         with podmans(guest) as others:
-            own = {"bare": bare, "tuned": tuned, "kata": command, "runc": runc}
+            own = {"bare": bare, "tuned": tuned, "kata template": command, "runc": runc}
             contenders = {**{name: (argv, environment) for name, argv in own.items()}, **others}
+            contenders["kata cold"] = (command, cold)
             took = measure(
                 options.rounds,
                 1,
@@ -228,12 +302,12 @@ def main() -> None:
     for name, argv in facts["commands"].items():
         print(f"{name}: {shlex.join(argv)}")
     columns = f"{'median':>10}{'quartiles':>22}{'least':>10}{'to bare':>9}{'to tuned':>10}"
-    print(f"\n{'':12}{columns}   ({options.rounds} rounds, ms)")
+    print(f"\n{'':14}{columns}   ({options.rounds} rounds, ms)")
     for name, row in result["results"].items():
         low, high = row["quartiles_ms"]
         spread = f"{low:.1f} - {high:.1f}"
         print(
-            f"{name:12}{row['median_ms']:10.1f}{spread:>22}{row['min_ms']:10.1f}{row['ratio_to_bare']:9.2f}"
+            f"{name:14}{row['median_ms']:10.1f}{spread:>22}{row['min_ms']:10.1f}{row['ratio_to_bare']:9.2f}"
             f"{row['ratio_to_tuned']:10.2f}"
         )
 
