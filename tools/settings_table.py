@@ -13,6 +13,7 @@ from made_page import ROOT, write_or_check
 sys.path.insert(0, str(ROOT / "src"))
 
 from kata import settings
+from kata.settings_part import Part
 
 PAGE = ROOT / "docs" / "settings.md"
 HEAD = """# sandbox.json
@@ -78,11 +79,9 @@ def section(cls: type) -> list[str]:
 
 def page() -> str:
     """The whole page: the sandbox first, the rest in the order of the module."""
-    parts = [
-        cls for cls in vars(settings).values() if inspect.isclass(cls) and issubclass(cls, settings.Part)
-    ]
+    parts = [cls for cls in vars(settings).values() if inspect.isclass(cls) and issubclass(cls, Part)]
     parts = [settings.SandboxSettings] + [
-        cls for cls in parts if cls not in (settings.Part, settings.SandboxSettings)
+        cls for cls in parts if cls not in (Part, settings.SandboxSettings)
     ]
     return "\n".join([HEAD, *(line for cls in parts for line in section(cls))]).rstrip() + "\n"
 

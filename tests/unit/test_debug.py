@@ -368,9 +368,9 @@ def test_another_clients_sandbox_is_found_by_id_and_directory(home: Path) -> Non
 
 def test_every_key_of_the_settings_is_decided_on() -> None:
     """A key that is added to the settings is named in the rule, or is knowingly left out here."""
-    from kata import settings
+    from kata import settings, settings_part
 
-    def compare(part: type[settings.Part], rule: Any, place: str) -> set[str]:
+    def compare(part: type[settings_part.Part], rule: Any, place: str) -> set[str]:
         missing = set()
         for name, kind in vars(part)["__init__"].__annotations__.items():
             if name == "return":
@@ -387,7 +387,7 @@ def test_every_key_of_the_settings_is_decided_on() -> None:
             )
             sub = rule[name][0] if isinstance(rule[name], list) else rule[name]
             cls = getattr(settings, inner, None)
-            if isinstance(sub, dict) and isinstance(cls, type) and issubclass(cls, settings.Part):
+            if isinstance(sub, dict) and isinstance(cls, type) and issubclass(cls, settings_part.Part):
                 missing |= compare(cls, sub, here)
         return missing
 

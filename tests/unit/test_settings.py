@@ -14,7 +14,7 @@ import pytest
 import sandbox_support
 from waiting import until
 
-from kata import journal_undo, settings
+from kata import journal_undo, settings, settings_part
 from kata.cli import session
 from kata.engine.launch import launch
 from kata.errors import ConfigError, StateError
@@ -136,9 +136,9 @@ def test_a_pod_has_no_machine_until_it_is_described() -> None:
 def test_every_part_can_be_read_and_written() -> None:
     """Each annotation is of a form that can be checked, and each parameter is kept as an attribute."""
     for name, cls in vars(settings).items():
-        if isinstance(cls, type) and issubclass(cls, settings.Part) and cls is not settings.Part:
+        if isinstance(cls, type) and issubclass(cls, settings_part.Part) and cls is not settings_part.Part:
             parameters = set(vars(cls)["__init__"].__annotations__) - {"return"}
-            assert set(settings._readers_of(cls)) == parameters == set(vars(cls)["__slots__"]), name
+            assert set(settings_part._readers_of(cls)) == parameters == set(vars(cls)["__slots__"]), name
 
 
 def test_clients_decide_differently() -> None:
@@ -158,7 +158,9 @@ def test_an_engine_says_what_it_cannot_read(tmp_path: Path, monkeypatch: pytest.
     journal = Journal.open(os.path.join(engine.run_dir, FILE_NAME))
     until(lambda: not journal.owner_alive(), "the engine ends", patience_s=30)
     log = Path(engine.run_dir, "engine.log").read_text()
-    assert log == "error: the sandbox's settings: there is no key 'colour'\nhint: " + settings._HINT + "\n"
+    assert (
+        log == "error: the sandbox's settings: there is no key 'colour'\nhint: " + settings_part._HINT + "\n"
+    )
     assert journal_undo.undo(journal) == []
     assert not os.path.exists(engine.run_dir)
     engine.release()

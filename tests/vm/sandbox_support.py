@@ -11,11 +11,11 @@ from kata.settings import (
     HypervisorSettings,
     LogSettings,
     MachineSettings,
-    Part,
     RootfsSettings,
     SandboxSettings,
     SizeSettings,
 )
+from kata.settings_part import Part
 
 
 def sandbox(sandbox_id: str, directory: str, *, accel: str, kernel: str, initrd: str) -> SandboxSettings:
