@@ -14,7 +14,7 @@ import fcntl
 import os
 import time
 
-from kata import paths, sysio
+from kata import paths
 from kata.json_text import dumps
 
 TYPE_CHECKING = False
@@ -218,14 +218,17 @@ class Follower:
     """
 
     def __init__(self, *, from_start: bool = False) -> None:
+        from kata import inotify  # who writes events does without
+
+        self._inotify = inotify
         self._path = path()
         self._files: list[_File] = []
         directory = os.path.dirname(self._path)
         paths.make_dirs(directory, 0o711)
-        self.fd = sysio.inotify_init()
+        self.fd = inotify.init()
         try:
-            changed = sysio.IN_CREATE | sysio.IN_MODIFY | sysio.IN_MOVED_TO
-            sysio.inotify_add_watch(self.fd, directory, changed)
+            changed = inotify.IN_CREATE | inotify.IN_MODIFY | inotify.IN_MOVED_TO
+            inotify.add_watch(self.fd, directory, changed)
             self._files = _File.open_both(self._path)
             if not from_start:
                 for file in self._files:
@@ -251,7 +254,7 @@ class Follower:
 
     def poll(self) -> list[dict[str, Any]]:
         """What is new. Does not block."""
-        while sysio.inotify_read(self.fd):
+        while self._inotify.read(self.fd):
             pass
         found = _news(self._files)
         while self._begin_next():

@@ -1,7 +1,7 @@
 """System calls that Python 3.11 does not offer, atomic file replacement, and facts about processes from ``/proc``.
 
 It is imported before a hypervisor is started and by commands that live for milliseconds, so it imports no expensive
-module; `ctypes` is imported, and the C library opened, by the first call that needs them (`_c`).
+module; `ctypes` is imported, and the C library opened, by the first call that needs them (`c_library`).
 
 All calls raise `OSError` with errno and, where there is one, the path. Sources: the manual pages named in
 each docstring (section 2 and 5 of Linux man-pages).
@@ -162,7 +162,7 @@ class Fd:
 _libc: ctypes.CDLL | None = None
 
 
-def _c() -> ctypes.CDLL:
+def c_library() -> ctypes.CDLL:
     """The C library; after the first call, `ctypes` is a name of this module."""
     global _libc, ctypes
     if _libc is None:
@@ -176,12 +176,21 @@ def give_back_memory() -> None:
     """Give memory that was freed back to the kernel, malloc_trim(3), in some 0.1 ms; after something that takes much of
     it and is seldom. A C library without this function does nothing.
     """
-    trim = getattr(_c(), "malloc_trim", None)
+    trim = getattr(c_library(), "malloc_trim", None)
     if trim is not None:
         trim(ctypes.c_size_t(0))
 
 
-def _check(result: int, path: str | None = None) -> int:
+def check(result: int, path: str | None = None) -> int:
+    """What a function of the C library has returned.
+
+    Args:
+        result: That; negative if it has failed.
+        path: The file that it was about, for the error.
+
+    Raises:
+        OSError: It has failed, with its errno.
+    """
     if result < 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), path)
@@ -195,7 +204,7 @@ def syscall(number: int, *arguments: object) -> int:
         number: Its number on this architecture.
         arguments: Values of ctypes, or bytes and None for pointers.
     """
-    return _check(_c().syscall(ctypes.c_long(number), *arguments))
+    return check(c_library().syscall(ctypes.c_long(number), *arguments))
 
 
 def number_of(name: str, numbers: dict[str, int]) -> int:
@@ -216,13 +225,13 @@ def number_of(name: str, numbers: dict[str, int]) -> int:
 
 def prctl(option: int, arg2: int = 0, arg3: int = 0, arg4: int = 0, arg5: int = 0) -> int:
     """prctl(2) with integer arguments."""
-    libc, u = _c(), ctypes.c_ulong
-    return _check(libc.prctl(option, u(arg2), u(arg3), u(arg4), u(arg5)))
+    libc, u = c_library(), ctypes.c_ulong
+    return check(libc.prctl(option, u(arg2), u(arg3), u(arg4), u(arg5)))
 
 
 def preload() -> None:
     """Open the C library now, so that a forked child need not do so between fork and exec."""
-    _c()
+    c_library()
 
 
 def die_with_parent(parent_pid: int, signal_number: int = SIGKILL) -> None:
@@ -278,17 +287,17 @@ def keep_capabilities(kept: Iterable[int], user: int = 0, *, keeps_groups: bool 
             os.setgroups([])
         os.setresgid(user, user, user)
         os.setresuid(user, user, user)
-    libc = _c()
+    libc = c_library()
     header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
     sets = (
         ctypes.c_uint32 * 6
     )()  # effective, permitted, inheritable: first the lower 32 bits, then the higher ones
-    _check(libc.capget(header, sets))
+    check(libc.capget(header, sets))
     for half in range(2):
         permitted = sets[3 * half + 1] & mask >> 32 * half & 0xFFFF_FFFF
         sets[3 * half], sets[3 * half + 1], sets[3 * half + 2] = permitted, permitted, 0
     prctl(PR_SET_NO_NEW_PRIVS, 1)
-    _check(libc.capset(header, sets))
+    check(libc.capset(header, sets))
 
 
 def write_all(fd: int, data: bytes) -> None:
@@ -435,15 +444,15 @@ def adopt_orphans(yes: bool) -> None:
 def reset_signals() -> None:
     """Restore the default dispositions of signals that Python ignores, since exec would pass that on (signal(7))."""
     for number in (13, 25):  # SIGPIPE, SIGXFSZ
-        _c().signal(number, None)
+        c_library().signal(number, None)
 
 
 def close_on_exec_from(first: int) -> None:
     """Mark all descriptors from *first* on as close-on-exec (close_range(2); one by one before Linux 5.11)."""
     try:
-        libc, u = _c(), ctypes.c_uint
+        libc, u = c_library(), ctypes.c_uint
         number = ctypes.c_long(_NR_CLOSE_RANGE)
-        _check(libc.syscall(number, u(first), u(0xFFFF_FFFF), _CLOSE_RANGE_CLOEXEC))
+        check(libc.syscall(number, u(first), u(0xFFFF_FFFF), _CLOSE_RANGE_CLOEXEC))
     except OSError:
         for fd in map(int, os.listdir("/proc/self/fd")):
             if fd >= first:
@@ -476,7 +485,7 @@ def dup_above(fd: int, minimum: int) -> int:
 
 def setns(fd: int, kind: int = 0) -> None:
     """setns(2): move this thread into the namespace behind `fd`; `kind` is a CLONE_NEW* or 0 for any."""
-    _check(_c().setns(fd, kind))
+    check(c_library().setns(fd, kind))
 
 
 def id_map(kind: str) -> list[tuple[int, int, int]]:
@@ -512,15 +521,15 @@ def in_user_namespace() -> bool:
 
 def unshare(flags: int) -> None:
     """unshare(2) with CLONE_NEW* flags."""
-    _check(_c().unshare(flags))
+    check(c_library().unshare(flags))
 
 
 def mount(
     source: str | None, target: str, fstype: str | None = None, flags: int = 0, data: str = ""
 ) -> None:
     """mount(2). Strings are passed to the kernel as they are; None is passed as a null pointer."""
-    _check(
-        _c().mount(
+    check(
+        c_library().mount(
             None if source is None else os.fsencode(source),
             os.fsencode(target),
             None if fstype is None else fstype.encode(),
@@ -539,25 +548,25 @@ def pivot_root(new_root: str) -> None:
     os.chdir(new_root)
     numbers = {"x86_64": 155, "aarch64": 41}
     number = numbers.get(os.uname().machine, 41)
-    _check(_c().syscall(ctypes.c_long(number), b".", b"."), new_root)
+    check(c_library().syscall(ctypes.c_long(number), b".", b"."), new_root)
     umount2(".", MNT_DETACH)
 
 
 def umount2(target: str, flags: int = UMOUNT_NOFOLLOW) -> None:
     """umount2(2)."""
-    _check(_c().umount2(os.fsencode(target), flags), target)
+    check(c_library().umount2(os.fsencode(target), flags), target)
 
 
 def open_tree(path: str) -> int:
     """open_tree(2): copy the mount at a path and all mounts below it, detached. Returns a descriptor of the copy."""
     flags = _OPEN_TREE_CLONE | _AT_RECURSIVE | os.O_CLOEXEC
-    return _check(_c().syscall(ctypes.c_long(_NR_OPEN_TREE), AT_FDCWD, os.fsencode(path), flags), path)
+    return check(c_library().syscall(ctypes.c_long(_NR_OPEN_TREE), AT_FDCWD, os.fsencode(path), flags), path)
 
 
 def move_mount(tree: int, target: str) -> None:
     """move_mount(2): attach a copy made by `open_tree`, possibly in another mount namespace."""
-    libc, number = _c(), ctypes.c_long(_NR_MOVE_MOUNT)
-    _check(libc.syscall(number, tree, b"", AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH), target)
+    libc, number = c_library(), ctypes.c_long(_NR_MOVE_MOUNT)
+    check(libc.syscall(number, tree, b"", AT_FDCWD, os.fsencode(target), _MOVE_MOUNT_F_EMPTY_PATH), target)
 
 
 def mount_setattr(target: str, attributes: int, *, recursive: bool) -> None:
@@ -571,11 +580,11 @@ def mount_setattr(target: str, attributes: int, *, recursive: bool) -> None:
     Raises:
         OSError: ENOSYS before Linux 5.12.
     """
-    libc = _c()
+    libc = c_library()
     wanted = _u64s(attributes, 0, 0, 0)  # struct mount_attr
     flags = ctypes.c_uint(_AT_SYMLINK_NOFOLLOW | (_AT_RECURSIVE if recursive else 0))
     number, size = ctypes.c_long(_NR_MOUNT_SETATTR), ctypes.c_size_t(len(wanted))
-    _check(libc.syscall(number, AT_FDCWD, os.fsencode(target), flags, wanted, size), target)
+    check(libc.syscall(number, AT_FDCWD, os.fsencode(target), flags, wanted, size), target)
 
 
 def _u64s(*values: int) -> bytes:
@@ -596,10 +605,10 @@ def openat2(dirfd: int, path: str, flags: int, mode: int = 0, resolve: int = 0) 
     Returns:
         The new descriptor.
     """
-    libc = _c()
+    libc = c_library()
     how = _u64s(flags | os.O_CLOEXEC, mode, resolve)  # struct open_how
     number, size = ctypes.c_long(_NR_OPENAT2), ctypes.c_size_t(len(how))
-    return _check(libc.syscall(number, dirfd, os.fsencode(path), how, size), path)
+    return check(libc.syscall(number, dirfd, os.fsencode(path), how, size), path)
 
 
 _STATX_BTIME = 0x800
@@ -612,68 +621,14 @@ def disk_bytes(status: os.stat_result) -> int:
 
 def birth_ns(path: str) -> int:
     """When a file was made, in nanoseconds of the epoch (statx(2)); 0 where its file system does not say."""
-    libc = _c()
+    libc = c_library()
     found = ctypes.create_string_buffer(256)  # struct statx: stx_mask is at 0, stx_btime at 80
-    _check(libc.statx(AT_FDCWD, os.fsencode(path), _AT_SYMLINK_NOFOLLOW, _STATX_BTIME, found), path)
+    check(libc.statx(AT_FDCWD, os.fsencode(path), _AT_SYMLINK_NOFOLLOW, _STATX_BTIME, found), path)
 
     def member(at: int, size: int) -> int:
         return int.from_bytes(found.raw[at : at + size], sys.byteorder, signed=size == 8)
 
     return member(80, 8) * 10**9 + member(88, 4) if member(0, 4) & _STATX_BTIME else 0
-
-
-# ---- file system events ----
-
-
-IN_MODIFY = 0x0000_0002
-IN_MOVED_FROM = 0x0000_0040
-IN_MOVED_TO = 0x0000_0080
-IN_CREATE = 0x0000_0100
-IN_DELETE = 0x0000_0200
-IN_DELETE_SELF = 0x0000_0400
-IN_MOVE_SELF = 0x0000_0800
-IN_Q_OVERFLOW = 0x0000_4000
-IN_IGNORED = 0x0000_8000
-IN_ONLYDIR = 0x0100_0000
-
-
-def inotify_init() -> int:
-    """inotify_init1(2): a new queue of file system events, non-blocking. Returns its descriptor."""
-    return _check(_c().inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK))
-
-
-def inotify_add_watch(fd: int, path: str, mask: int) -> int:
-    """inotify_add_watch(2). Returns the number of the watch: the same again for a file that is watched already."""
-    return _check(_c().inotify_add_watch(fd, os.fsencode(path), ctypes.c_uint32(mask)), path)
-
-
-def inotify_rm_watch(fd: int, watch: int) -> None:
-    """inotify_rm_watch(2)."""
-    _check(_c().inotify_rm_watch(fd, watch))
-
-
-def inotify_read(fd: int) -> list[tuple[int, int, str]]:
-    """The events that are waiting, up to 64 KiB of them (inotify(7)).
-
-    Args:
-        fd: From `inotify_init`.
-
-    Returns:
-        Of each the watch (-1 for `IN_Q_OVERFLOW`), what has happened (`IN_*`), and the name in the watched directory,
-        or an empty one.
-    """
-    try:
-        raw = os.read(fd, 1 << 16)
-    except BlockingIOError:
-        return []
-    events, at = [], 0
-    while at + 16 <= len(raw):
-        watch = int.from_bytes(raw[at : at + 4], sys.byteorder, signed=True)
-        mask = int.from_bytes(raw[at + 4 : at + 8], sys.byteorder)
-        length = int.from_bytes(raw[at + 12 : at + 16], sys.byteorder)
-        events.append((watch, mask, os.fsdecode(raw[at + 16 : at + 16 + length].rstrip(b"\0"))))
-        at += 16 + length
-    return events
 
 
 # ---- processes ----
@@ -812,7 +767,7 @@ def address_of(buffer: object) -> int:
     """Address of a writable buffer (an `mmap.mmap`); the buffer must be kept alive, and cannot be closed
     while the process lives.
     """
-    _c()
+    c_library()
     return ctypes.addressof(ctypes.c_char.from_buffer(buffer))  # type: ignore[arg-type]
 
 
@@ -822,10 +777,10 @@ def clock_change_timer() -> int:
     A read then fails with ECANCELED, and it waits for the next time. Returns the descriptor.
     """
     wall_clock, absolute, cancel_on_set, far_s = 0, 1, 2, 1 << 40
-    fd = _check(_c().timerfd_create(wall_clock, os.O_CLOEXEC | os.O_NONBLOCK))
+    fd = check(c_library().timerfd_create(wall_clock, os.O_CLOEXEC | os.O_NONBLOCK))
     when = _u64s(0, 0, far_s, 0)  # struct itimerspec: it_interval, it_value
     try:
-        _check(_c().timerfd_settime(fd, absolute | cancel_on_set, when, None))
+        check(c_library().timerfd_settime(fd, absolute | cancel_on_set, when, None))
     except OSError:
         os.close(fd)
         raise

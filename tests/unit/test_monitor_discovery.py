@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from kata import sysio
+from kata import inotify, sysio
 from kata.monitor import discovery
 from kata.monitor.discovery import Discovery
 
@@ -179,7 +179,7 @@ def test_where_nothing_can_be_watched_a_question_is_a_look(
         raise OSError(28, "No space left on device", path)
 
     with monkeypatch.context() as patch:  # fs.inotify.max_user_watches is the whole machine's
-        patch.setattr(sysio, "inotify_add_watch", refuse)
+        patch.setattr(inotify, "add_watch", refuse)
         watching = Watching(*roots)
         try:
             assert watching.discovery.blind

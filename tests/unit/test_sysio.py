@@ -147,32 +147,6 @@ def test_a_socket_may_have_a_longer_path_than_its_name(tmp_path: Path) -> None:
         pass
 
 
-def test_what_happens_in_a_directory_is_told(tmp_path: Path) -> None:
-    queue = sysio.inotify_init()
-    try:
-        watch = sysio.inotify_add_watch(
-            queue, str(tmp_path), sysio.IN_CREATE | sysio.IN_DELETE_SELF | sysio.IN_ONLYDIR
-        )
-        assert sysio.inotify_read(queue) == []
-        (tmp_path / "näme").write_bytes(b"")
-        (tmp_path / ("x" * 255)).write_bytes(b"")
-        assert sysio.inotify_read(queue) == [
-            (watch, sysio.IN_CREATE, "näme"),
-            (watch, sysio.IN_CREATE, "x" * 255),
-        ]
-        for path in list(tmp_path.iterdir()):
-            path.unlink()
-        tmp_path.rmdir()
-        assert sysio.inotify_read(queue) == [
-            (watch, sysio.IN_DELETE_SELF, ""),
-            (watch, sysio.IN_IGNORED, ""),
-        ]
-        with pytest.raises(FileNotFoundError):
-            sysio.inotify_add_watch(queue, str(tmp_path), sysio.IN_CREATE)
-    finally:
-        os.close(queue)
-
-
 def test_a_sparse_file_takes_what_is_written(tmp_path: Path) -> None:
     path = tmp_path / "sparse"
     with open(path, "wb") as file:

@@ -60,15 +60,15 @@ class _Watch:
     def __init__(self, directory: str) -> None:
         import select
 
-        from kata import sysio
+        from kata import inotify, sysio
 
         self.directory = directory
         self._poll = select.poll()
         self._fd: sysio.Fd | None = None
         try:
-            self._fd = sysio.Fd(sysio.inotify_init())
+            self._fd = sysio.Fd(inotify.init())
             self._poll.register(self._fd.raw, select.POLLIN)
-            sysio.inotify_add_watch(self._fd.raw, directory, sysio.IN_MOVE_SELF | sysio.IN_DELETE_SELF)
+            inotify.add_watch(self._fd.raw, directory, inotify.IN_MOVE_SELF | inotify.IN_DELETE_SELF)
         except OSError:
             self.close()  # it is gone, or the user may have no more queues: then it is looked more often
 

@@ -14,7 +14,7 @@ import logging
 import os
 import stat
 
-from kata import paths, sysio
+from kata import inotify, paths, sysio
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,15 +27,15 @@ MAX_SANDBOXES = 4096
 _MAX_SETTINGS_BYTES = 4 << 20
 
 _MASK = (
-    sysio.IN_CREATE
-    | sysio.IN_MOVED_TO
-    | sysio.IN_DELETE
-    | sysio.IN_MOVED_FROM
-    | sysio.IN_DELETE_SELF
-    | sysio.IN_MOVE_SELF
-    | sysio.IN_ONLYDIR
+    inotify.IN_CREATE
+    | inotify.IN_MOVED_TO
+    | inotify.IN_DELETE
+    | inotify.IN_MOVED_FROM
+    | inotify.IN_DELETE_SELF
+    | inotify.IN_MOVE_SELF
+    | inotify.IN_ONLYDIR
 )
-_APPEARED = sysio.IN_CREATE | sysio.IN_MOVED_TO
+_APPEARED = inotify.IN_CREATE | inotify.IN_MOVED_TO
 _LOG = logging.getLogger("kata.monitor")
 
 
@@ -77,7 +77,7 @@ class Discovery:
     def __init__(self, roots: Sequence[str], on_change: Callable[[], None] = lambda: None) -> None:
         self._roots = [os.path.abspath(root) for root in roots]
         self._on_change: Callable[[], None] = lambda: None
-        self._queue = sysio.Fd(sysio.inotify_init())
+        self._queue = sysio.Fd(inotify.init())
         self._watched: dict[int, str] = {}
         self._found: dict[str, tuple[int, int]] = {}  # directory -> identity of the socket in it
         self._ids: dict[str, str] = {}  # directory -> what its settings say
@@ -117,8 +117,8 @@ class Discovery:
     def read(self) -> None:
         """Take the waiting events in. Called whenever the descriptor is readable."""
         changed = False
-        for watch, mask, name in sysio.inotify_read(self._queue.raw):
-            if mask & sysio.IN_Q_OVERFLOW:
+        for watch, mask, name in inotify.read(self._queue.raw):
+            if mask & inotify.IN_Q_OVERFLOW:
                 _LOG.warning("the kernel dropped file system events; looking at everything again")
                 self.rescan()
                 return
@@ -142,13 +142,13 @@ class Discovery:
         directory = self._watched.get(watch)
         if directory is None:
             return False
-        if mask & (sysio.IN_DELETE_SELF | sysio.IN_MOVE_SELF | sysio.IN_IGNORED):
+        if mask & (inotify.IN_DELETE_SELF | inotify.IN_MOVE_SELF | inotify.IN_IGNORED):
             self._watched.pop(watch, None)
-            if mask & sysio.IN_MOVE_SELF:
+            if mask & inotify.IN_MOVE_SELF:
                 with contextlib.suppress(
                     OSError
                 ):  # it has another name now, under which it is found if it counts
-                    sysio.inotify_rm_watch(self._queue.raw, watch)
+                    inotify.rm_watch(self._queue.raw, watch)
             gone = self._forget(directory)
             if any(self._is_above(directory, root) for root in self._roots):
                 before = dict(self._found)
@@ -207,7 +207,7 @@ class Discovery:
 
     def _watch(self, path: str) -> None:
         try:
-            self._watched[sysio.inotify_add_watch(self._queue.raw, path, _MASK)] = path
+            self._watched[inotify.add_watch(self._queue.raw, path, _MASK)] = path
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EACCES):
                 if not self._told:
