@@ -12,7 +12,7 @@ others or a higher one::
     trace_export rootless
     children config management
     ttrpc oci journal crash metrics confinement
-    proto own_ids own_namespace given_paths
+    proto own_ids own_namespace given_paths seccomp
     acl bpf deferred errors events inotify paths pci_driver launcher host_cache mount_table settings sysio suppress
     json_text tracing
 
@@ -44,7 +44,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("trace_export", "rootless"),
     ("children", "config", "management"),
     ("ttrpc", "oci", "journal", "crash", "metrics", "confinement"),
-    ("proto", "own_ids", "own_namespace", "given_paths"),
+    ("proto", "own_ids", "own_namespace", "given_paths", "seccomp"),
     (
         "acl",
         "bpf",

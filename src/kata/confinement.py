@@ -10,8 +10,8 @@ restricts by itself (QEMU's ``-sandbox``, the filters of the others) comes on to
 
 Everything holds from the program's first instruction on; `kata.hypervisor.root` takes the files away later.
 
-Sources: the kernel's ``Documentation/userspace-api/seccomp_filter.rst`` and ``landlock.rst``, ``linux/landlock.h``,
-``linux/filter.h``, ``arch/x86/entry/syscalls/syscall_64.tbl``, capabilities(7).
+The filters of system calls are in `kata.seccomp`. Sources: the kernel's ``Documentation/userspace-api/landlock.rst``,
+``linux/landlock.h``, capabilities(7).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import errno
 import os
 import stat
 
-from kata import sysio
+from kata import seccomp, sysio
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -60,91 +60,6 @@ NAMESPACES = (
 )
 """Those that each monitor has of its own. Its network namespace is the sandbox's: clients reach that by its process."""
 
-ALWAYS = (
-    *(101, 310, 311, 312, 438, 440),  # ptrace, process_vm_readv, _writev, kcmp, pidfd_getfd, process_madvise
-    *(
-        174,
-        175,
-        176,
-        177,
-        178,
-        313,
-    ),  # create_module, init_, delete_, get_kernel_syms, query_module, finit_module
-    *(246, 320, 169),  # kexec_load, kexec_file_load, reboot
-    *(298, 321, 323),  # perf_event_open, bpf, userfaultfd
-    *(248, 249, 250),  # add_key, request_key, keyctl
-    *(425, 426, 427),  # io_uring_setup, _enter, _register
-    *(
-        134,
-        136,
-        139,
-        154,
-        156,
-        180,
-        212,
-    ),  # uselib, ustat, sysfs, modify_ldt, _sysctl, nfsservctl, lookup_dcookie
-    *(
-        153,
-        163,
-        167,
-        168,
-        172,
-        173,
-        179,
-        443,
-    ),  # vhangup, acct, swapon, swapoff, iopl, ioperm, quotactl, quotactl_fd
-    *(159, 164, 227, 305),  # adjtimex, settimeofday, clock_settime, clock_adjtime
-    *(
-        103,
-        135,
-        256,
-        279,
-        300,
-        301,
-    ),  # syslog, personality, migrate_pages, move_pages, fanotify_init, fanotify_mark
-    *(
-        430,
-        431,
-        432,
-        433,
-        442,
-        457,
-        458,
-        467,
-    ),  # fsopen, fsconfig, fsmount, fspick, mount_setattr, statmount, listmount
-)
-"""System calls that no program of a sandbox needs, by their numbers on x86-64."""
-SETTING_UP = (
-    *(
-        155,
-        161,
-        165,
-        166,
-        272,
-        308,
-        428,
-        429,
-    ),  # pivot_root, chroot, mount, umount2, unshare, setns, open_tree, move_mount
-    *(105, 106, 113, 114, 116, 117, 119, 122, 123),  # setuid and its kind
-    *(126, 170, 171),  # capset, sethostname, setdomainname
-)
-"""Those by which virtiofsd and passt confine themselves; a monitor needs none."""
-BY_HANDLE = (303, 304)  # name_to_handle_at, open_by_handle_at
-NODES = (133, 259)  # mknod, mknodat
-SOCKETS = (41, 42, 49)  # socket, connect, bind; QEMU listens on one that it is given
-_EXECVE, _EXECVEAT, _FORK, _VFORK, _CLONE, _CLONE3, _IOCTL, _SOCKET = 59, 322, 57, 58, 56, 435, 16, 41
-_TIOCSTI, _TIOCLINUX = 0x5412, 0x541C
-_CLONE_THREAD = 0x1_0000
-_AF_UNIX = 1
-
-_ALLOW, _KILL = 0x7FFF_0000, 0x8000_0000
-_EPERM, _ENOSYS = 0x0005_0001, 0x0005_0026
-_LOAD, _EQUAL, _ABOVE, _SET, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-_NUMBER, _ARCH, _ARGUMENTS = 0, 4, 16
-_AUDIT_ARCH_X86_64 = 0xC000_003E
-_X32 = 0x4000_0000
-_PR_SET_SECCOMP, _MODE_FILTER = 22, 2
-
 _NR_CREATE_RULESET, _NR_ADD_RULE, _NR_RESTRICT_SELF = 444, 445, 446
 _VERSION, _PATH_BENEATH = 1, 1
 EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, TRUNCATE, IOCTL_DEV = 0x1, 0x2, 0x4, 0x8, 0x4000, 0x8000
@@ -157,14 +72,8 @@ _ALL_RIGHTS = 0xFFFF
 _NO_NETWORK, _NO_SIGNALS_NOR_SOCKETS = 0x3, 0x3
 SYSTEM = (
     *("/usr", "/lib", "/lib64", "/proc", "/sys"),
-    *(
-        "/etc/ld.so.cache",
-        "/etc/ld.so.preload",
-        "/etc/localtime",
-        "/etc/nsswitch.conf",
-        "/etc/passwd",
-        "/etc/group",
-    ),
+    *("/etc/ld.so.cache", "/etc/ld.so.preload", "/etc/localtime"),
+    *("/etc/nsswitch.conf", "/etc/passwd", "/etc/group"),
     *("/etc/qemu", "/etc/ssl/openssl.cnf", "/etc/gnutls", "/etc/gcrypt", "/etc/crypto-policies"),
 )
 """What any program may read until its root directory is taken away: libraries, firmware, what the kernel says."""
@@ -328,9 +237,7 @@ class Confinement:
         if self.ruleset is not None:
             _syscall(_NR_RESTRICT_SELF, self.ruleset.raw, 0)
         if self._code:
-            buffer = ctypes.create_string_buffer(self._code, len(self._code))
-            program = _Program(len(self._code) // 8, ctypes.addressof(buffer))
-            sysio.prctl(_PR_SET_SECCOMP, _MODE_FILTER, ctypes.addressof(program))
+            seccomp.install(self._code)
         if self.handover is not None:
             self.handover.install()
 
@@ -345,7 +252,7 @@ class Confinement:
         vector = (ctypes.c_char_p * (len(words) + 1))(*words, None)
         variables = (ctypes.c_char_p * (len(pairs) + 1))(*pairs, None)
         _syscall(
-            _EXECVE if self._code else _execve_number(),
+            seccomp.EXECVE if self._code else _execve_number(),
             words[0],
             vector,
             variables,
@@ -354,12 +261,8 @@ class Confinement:
         )
 
 
-class _Program(ctypes.Structure):
-    _fields_ = (("length", ctypes.c_ushort), ("code", ctypes.c_void_p))
-
-
 def _execve_number() -> int:
-    return {"aarch64": 221}.get(os.uname().machine, _EXECVE)
+    return {"aarch64": 221}.get(os.uname().machine, seccomp.EXECVE)
 
 
 def _syscall(number: int, *arguments: object) -> int:
@@ -402,11 +305,11 @@ def monitor(
     script = is_script(program)
     if user is None:
         user = user_for(program, kept)
-    denied = {*ALWAYS, *SETTING_UP, *BY_HANDLE}
+    denied = {*seccomp.ALWAYS, *seccomp.SETTING_UP, *seccomp.BY_HANDLE}
     if sysio.CAP_MKNOD not in kept:
-        denied.update(NODES)
+        denied.update(seccomp.NODES)
     if not sockets_in:
-        denied.update(SOCKETS)
+        denied.update(seccomp.SOCKETS)
     secret = 0 if script else 1 | int.from_bytes(os.urandom(8), "little")
     ruleset = None
     if not script:
@@ -424,7 +327,7 @@ def monitor(
             network=True,
         )
     return Confinement(
-        filter_code(denied, secret=secret, threads_only=not script, unix_only=bool(sockets_in)),
+        seccomp.filter_code(denied, secret=secret, threads_only=not script, unix_only=bool(sockets_in)),
         secret,
         user=user,
         devices=devices if user else (),
@@ -456,7 +359,7 @@ def helper(
         binds: See `Confinement`.
     """
     return Confinement(
-        filter_code({*ALWAYS, *BY_HANDLE}),
+        seccomp.filter_code({*seccomp.ALWAYS, *seccomp.BY_HANDLE}),
         user=user,
         devices=devices,
         binds=binds,
@@ -650,98 +553,3 @@ def allow(ruleset: int, path: str | int, rights: int) -> None:
     finally:
         if isinstance(path, str):
             os.close(fd)
-
-
-# ---- seccomp ----
-
-
-def filter_code(
-    denied: Iterable[int], *, secret: int = 0, threads_only: bool = False, unix_only: bool = False
-) -> bytes:
-    """A seccomp filter: these system calls fail with EPERM, those of 32-bit programs end the process.
-
-    clone3(2), whose flags a filter does not see, is said not to exist: the C library does with clone(2) then.
-
-    Args:
-        denied: Numbers of system calls.
-        secret: execve(2) is allowed with this as its fifth argument alone, which it has not: once for us, and never
-            for the program, to which nobody tells it. 0 does not restrict it.
-        threads_only: It may make threads, and neither processes nor namespaces.
-        unix_only: Sockets of its own may be unix sockets only.
-
-    Returns:
-        Instructions (struct sock_filter); nothing on another architecture than x86-64.
-    """
-    if os.uname().machine != "x86_64":
-        return b""
-    out = _Code()
-    out.load(_ARCH)
-    out.step(_EQUAL, _AUDIT_ARCH_X86_64, 1, 0)
-    out.answer(_KILL)
-    out.load(_NUMBER)
-    out.step(_ABOVE, _X32, 0, 1)
-    out.answer(_KILL)
-    # First what is frequent: KVM_RUN is an ioctl(2), and one that is looked at is not in the kernel's own table.
-    out.step(_EQUAL, _IOCTL, 0, 5)
-    out.load(_ARGUMENTS + 8)
-    out.step(_EQUAL, _TIOCSTI, 1, 0)
-    out.step(_EQUAL, _TIOCLINUX, 0, 1)
-    out.answer(_EPERM)
-    out.answer(_ALLOW)
-    out.step(_EQUAL, _CLONE3, 0, 1)
-    out.answer(_ENOSYS)
-    namespaces = (
-        sysio.CLONE_NEWNS
-        | sysio.CLONE_NEWCGROUP
-        | sysio.CLONE_NEWUTS
-        | sysio.CLONE_NEWIPC
-        | sysio.CLONE_NEWUSER
-        | sysio.CLONE_NEWPID
-        | sysio.CLONE_NEWNET
-    )
-    if threads_only:
-        out.step(_EQUAL, _CLONE, 0, 5)
-        out.load(_ARGUMENTS)
-        out.step(_SET, namespaces, 1, 0)
-        out.step(_SET, _CLONE_THREAD, 1, 0)
-        out.answer(_EPERM)
-        out.answer(_ALLOW)
-    if secret:
-        out.step(_EQUAL, _EXECVE, 0, 6)
-        for half in range(2):
-            out.load(_ARGUMENTS + 32 + 4 * half)
-            # To the refusal behind the second half, or on.
-            out.step(_EQUAL, secret >> 32 * half & 0xFFFF_FFFF, 0, 3 - 2 * half)
-        out.answer(_ALLOW)
-        out.answer(_EPERM)
-    if unix_only:
-        out.step(_EQUAL, _SOCKET, 0, 4)
-        out.load(_ARGUMENTS)
-        out.step(_EQUAL, _AF_UNIX, 0, 1)
-        out.answer(_ALLOW)
-        out.answer(_EPERM)
-    more = {_FORK, _VFORK} if threads_only else set()
-    if secret:
-        more.add(_EXECVEAT)
-    numbers = sorted({*denied, *more})
-    for index, number in enumerate(numbers):
-        out.step(_EQUAL, number, len(numbers) - index, 0)
-    out.answer(_ALLOW)
-    out.answer(_EPERM)
-    return bytes(out.code)
-
-
-class _Code:
-    __slots__ = ("code",)
-
-    def __init__(self) -> None:
-        self.code = bytearray()
-
-    def step(self, code: int, value: int, true: int = 0, false: int = 0) -> None:
-        self.code += code.to_bytes(2, "little") + bytes((true, false)) + value.to_bytes(4, "little")
-
-    def load(self, offset: int) -> None:
-        self.step(_LOAD, offset)
-
-    def answer(self, what: int) -> None:
-        self.step(_RETURN, what)

@@ -27,7 +27,7 @@ from kata.hypervisor.channel import AGENT_PORT, HybridVsockChannel, SerialChanne
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "src/kata"
 KNOWN = {
-    "confinement.py",  # what its process may read and which of its calls listen
+    "confinement.py",  # what its process may read
     "config/files.py",  # the default one's name
     "config/keys.py",  # the keys' documentation
     "hypervisor/registry.py",  # its name, and where it is

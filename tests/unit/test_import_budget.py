@@ -23,6 +23,7 @@ ENGINE_BEFORE_THE_VM = {
 OURS_BEFORE_THE_VM = {
     *("kata", "kata.children", "kata.errors", "kata.journal", "kata.launcher", "kata.paths", "kata.sysio"),
     *("kata.confinement", "kata.host_cache", "kata.json_text", "kata.settings", "kata.settings_part"),
+    "kata.seccomp",
     *(
         "kata.engine",
         "kata.engine.lifecycle",

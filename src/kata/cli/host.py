@@ -142,7 +142,7 @@ def _vsock() -> Check:
 
 def _confinement() -> Check:
     """What a hypervisor is left with on this host; docs/reference.md has all of it."""
-    from kata import confinement
+    from kata import confinement, seccomp
 
     landlock = confinement.landlock_version()
     lacks = []
@@ -152,7 +152,7 @@ def _confinement() -> Check:
         lacks.append(
             f"Landlock {landlock}, of which {confinement.SCOPES} keeps from signals and abstract sockets"
         )
-    if not confinement.filter_code(()):
+    if not seccomp.filter_code(()):
         lacks.append("no system call filter of ours on this architecture")
     if sysio.in_user_namespace() and not confinement.user_of(confinement.MONITOR):
         lacks.append("no other ids in this user namespace: hypervisors run as this user")

@@ -18,13 +18,12 @@ from __future__ import annotations
 
 import _socket
 import _thread
-import ctypes
 import errno
 import fcntl
 import os
 import select
 
-from kata import sysio
+from kata import seccomp
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,11 +32,6 @@ if TYPE_CHECKING:
 NUMBER = 1000
 """The descriptor that QEMU gets, by which the filter knows it; below `kata.confinement.MOST_FILES`."""
 PATIENCE_MS = 30_000
-_OPENAT, _FALLOCATE, _SECCOMP = 257, 285, 317
-_AUDIT_ARCH_X86_64 = 0xC000_003E
-_ALLOW, _NOTIFY, _SUCCEED = 0x7FFF_0000, 0x7FC0_0000, 0x0005_0000
-_LOAD, _EQUAL, _RETURN = 0x20, 0x15, 0x06
-_SET_MODE_FILTER, _NEW_LISTENER = 1, 8
 _RECEIVE, _SEND, _ADD_FD = 0xC050_2100, 0xC018_2101, 0x4018_2103
 _CONTINUE, _AT_NUMBER, _AND_ANSWER = 1, 1, 2
 _NOTICE_BYTES, _PATH_AT = 80, 40
@@ -47,24 +41,20 @@ _LONGEST_PATH = 64
 
 def _code() -> bytes:
     """The filter: open(2) with exactly ``O_RDWR``, as QEMU opens memory and nothing else, and fallocate(2) of it."""
-    lines = (
-        (_LOAD, 0, 0, 4),
-        (_EQUAL, 0, 8, _AUDIT_ARCH_X86_64),
-        (_LOAD, 0, 0, 0),
-        (_EQUAL, 0, 3, _OPENAT),
-        (_LOAD, 0, 0, 16 + 8 * 2),
-        (_EQUAL, 0, 4, os.O_RDWR),
-        (_RETURN, 0, 0, _NOTIFY),
-        (_EQUAL, 0, 2, _FALLOCATE),
-        (_LOAD, 0, 0, 16),
-        (_EQUAL, 1, 0, NUMBER),
-        (_RETURN, 0, 0, _ALLOW),
-        (_RETURN, 0, 0, _SUCCEED),
-    )
-    return b"".join(
-        code.to_bytes(2, "little") + bytes((true, false)) + value.to_bytes(4, "little")
-        for code, true, false, value in lines
-    )
+    code = seccomp.Code()
+    code.load(seccomp.ARCH)
+    code.step(seccomp.EQUAL, seccomp.AUDIT_ARCH_X86_64, 0, 8)
+    code.load(seccomp.NUMBER)
+    code.step(seccomp.EQUAL, seccomp.OPENAT, 0, 3)
+    code.load(seccomp.ARGUMENTS + 8 * 2)
+    code.step(seccomp.EQUAL, os.O_RDWR, 0, 4)
+    code.answer(seccomp.NOTIFY)
+    code.step(seccomp.EQUAL, seccomp.FALLOCATE, 0, 2)
+    code.load(seccomp.ARGUMENTS)
+    code.step(seccomp.EQUAL, NUMBER, 1, 0)
+    code.answer(seccomp.ALLOW)
+    code.answer(seccomp.SUCCEED)
+    return bytes(code.code)
 
 
 class Handover:
@@ -88,15 +78,7 @@ class Handover:
         Raises:
             OSError: The kernel refused.
         """
-        code = _code()
-        buffer = ctypes.create_string_buffer(code, len(code))
-        program = _Program(len(code) // 8, ctypes.addressof(buffer))
-        listener = sysio.syscall(
-            _SECCOMP,
-            ctypes.c_ulong(_SET_MODE_FILTER),
-            ctypes.c_ulong(_NEW_LISTENER),
-            ctypes.byref(program),
-        )
+        listener = seccomp.install_with_listener(_code())
         self._theirs.sendmsg(
             [b"x"], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, listener.to_bytes(4, "little"))]
         )
@@ -123,10 +105,6 @@ class Handover:
         if self._memory >= 0:
             os.close(self._memory)
             self._memory = -1
-
-
-class _Program(ctypes.Structure):
-    _fields_ = (("length", ctypes.c_ushort), ("code", ctypes.c_void_p))
 
 
 def _answer(listener: int, memory: int, path: bytes) -> None:
