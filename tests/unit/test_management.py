@@ -1,4 +1,4 @@
-"""The management socket: HTTP by plain bytes and by curl, endpoints against a double of the agent."""
+"""The management socket of an engine, asked by curl and by strange clients."""
 
 from __future__ import annotations
 
@@ -12,250 +12,21 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_double import Engine
-from hypothesis import given
-from hypothesis import strategies as st
+from managed_engine import Managed, create_with_volume, head, make_fixture, managed_fixture  # noqa: F401 - fixtures
 
-from kata import management as client
 from kata import paths
-from kata.cli.main import main as kata
-from kata.engine.launch import listen
 from kata.engine.lifecycle.sandbox_state import SandboxState
-from kata.engine.services import http1, management, management_socket, tails
-from kata.engine.services.http1 import HttpError, Request, Response, parse_head
+from kata.engine.services import http1, management, management_socket
 from kata.engine.services.management_socket import ManagementSocket
-from kata.engine.standard_streams.logfile import LogFile
-from kata.errors import HostError, NotFoundError, UnsupportedError
 from kata.journal import Journal
 from kata.journal_undo import undo
-from kata.oci_runtime import commands
-from kata.oci_runtime import main as oci_runtime
 from kata.proto import agent_pb, csi_pb, google_pb
 from kata.ttrpc.status import TtrpcError
-
-
-def head(*lines: str) -> bytes:
-    return "\r\n".join((*lines, "", "")).encode("latin-1")
-
-
-def refusal(data: bytes) -> int:
-    with pytest.raises(HttpError) as caught:
-        parse_head(data)
-    return caught.value.status
-
-
-# ---- requests, by plain bytes ----
-
-
-def test_a_head_is_read() -> None:
-    request = parse_head(
-        head(
-            "GET /a%20b?x=1&y=%2Fz+z&x=2&n HTTP/1.1",
-            "Host: h",
-            "Accept-Encoding: br, gzip;q=0.5",
-            "A: 1",
-            "a:2",
-        )
-    )
-    assert (request.method, request.path, request.version) == ("GET", "/a b", 1)
-    assert request.query == {"x": "1", "y": "/z z", "n": ""}
-    assert request.headers["a"] == "1, 2"
-    assert request.accepts("gzip")
-    assert request.keeps_alive
-    old = parse_head(head("GET http://h/metrics?q HTTP/1.0", "Accept-Encoding: gzip;q=0"))
-    assert (old.path, old.keeps_alive, old.accepts("gzip")) == ("/metrics", False, False)
-    assert not parse_head(head("GET / HTTP/1.1", "Host:", "Connection: Keep-Alive, Close")).keeps_alive
-
-
-@pytest.mark.parametrize(
-    ("lines", "status"),
-    [
-        (["GET /", "Host: h"], 400),
-        (["GET  / HTTP/1.1", "Host: h"], 400),
-        (["G(T / HTTP/1.1", "Host: h"], 400),
-        (["GET / HTTP/1.1"], 400),
-        (["GET / HTTP/2.0", "Host: h"], 505),
-        (["GET / HTTP/1.10", "Host: h"], 400),
-        (["GET relative HTTP/1.1", "Host: h"], 400),
-        (["GET /# HTTP/1.1", "Host: h"], 400),
-        (["GET /%0 HTTP/1.1", "Host: h"], 400),
-        (["GET /%00 HTTP/1.1", "Host: h"], 400),
-        (["GET /\xe4 HTTP/1.1", "Host: h"], 400),
-        (["GET / HTTP/1.1", "Host: h", "Host: h"], 400),
-        (["GET / HTTP/1.1", "Host: h", "Content-Length: 1", "Content-Length: 1"], 400),
-        (["GET / HTTP/1.1", "Host: h", " folded"], 400),
-        (["GET / HTTP/1.1", "Host: h", "A : b"], 400),
-        (["GET / HTTP/1.1", "Host: h", "A: b\nc: d"], 400),
-        (["GET / HTTP/1.1", "Host: h", *(f"A{n}: b" for n in range(64))], 431),
-    ],
-)
-def test_what_is_not_a_request_is_refused(lines: list[str], status: int) -> None:
-    assert refusal(head(*lines)) == status
-
-
-PIECES = (
-    *(
-        b"GET",
-        b"PUT",
-        b" ",
-        b"/",
-        b"?",
-        b"&",
-        b"=",
-        b"%",
-        b"%41",
-        b"+",
-        b"HTTP/1.1",
-        b"HTTP/1.0",
-        b"\r\n",
-        b"\n",
-    ),
-    *(
-        b"Host: h",
-        b"Content-Length: ",
-        b"Transfer-Encoding: chunked",
-        b"Expect: 100-continue",
-        b":",
-        b"5",
-        b"\0",
-    ),
-    *(
-        b"Accept-Encoding: gzip;q=",
-        b"http://",
-        b"\xff",
-        b"Connection: close",
-        b"4\r\nbody\r\n",
-        b"0\r\n\r\n",
-    ),
-)
-
-
-@given(st.lists(st.sampled_from(PIECES) | st.binary(max_size=3), max_size=25))
-def test_whatever_is_sent_is_a_request_or_refused(pieces: list[bytes]) -> None:
-    """And nothing else: no other exception, no endless loop, no more than there is."""
-
-    async def read(request: Request, data: bytes) -> None:
-        reader = asyncio.StreamReader(http1.MAX_HEAD)
-        reader.feed_data(data)
-        reader.feed_eof()
-        request.body = await http1.read_body(request, reader, lambda: None)
-        assert len(request.body) <= len(data)
-
-    whole = b"".join(pieces)
-    head_, _, rest = whole.partition(b"\r\n\r\n")
-    with contextlib.suppress(HttpError, asyncio.IncompleteReadError):
-        request = parse_head(head_ + b"\r\n\r\n")
-        assert request.path.startswith("/")
-        request.accepts("gzip")
-        asyncio.run(read(request, rest))
-
-
-def body_of(headers: dict[str, str], data: bytes, version: int = 1) -> bytes:
-    async def read() -> bytes:
-        reader = asyncio.StreamReader(http1.MAX_HEAD)
-        reader.feed_data(data)
-        reader.feed_eof()
-        return await http1.read_body(Request("PUT", "/", {}, version, headers), reader, lambda: None)
-
-    return asyncio.run(read())
-
-
-def test_bodies_are_read() -> None:
-    assert body_of({}, b"next") == b""
-    assert body_of({"content-length": "4"}, b"bodynext") == b"body"
-    chunks = b"4;x=y\r\nbody\r\n00A \r\n0123456789\r\n0\r\nTrailer: x\r\n\r\nnext"
-    assert body_of({"transfer-encoding": "Chunked"}, chunks) == b"body0123456789"
-
-
-@pytest.mark.parametrize(
-    ("headers", "data", "status"),
-    [
-        ({"content-length": "-1"}, b"", 400),
-        ({"content-length": "0x4"}, b"", 400),
-        ({"content-length": "4", "transfer-encoding": "chunked"}, b"", 400),
-        ({"transfer-encoding": "gzip, chunked"}, b"", 501),
-        ({"content-length": str(http1.MAX_BODY + 1)}, b"", 413),
-        ({"transfer-encoding": "chunked"}, b"-4\r\nbody\r\n", 400),
-        ({"transfer-encoding": "chunked"}, b"2\r\nbody\r\n", 400),
-        ({"transfer-encoding": "chunked"}, b"0" * 300 + b"\r\n", 400),
-        ({"transfer-encoding": "chunked"}, b"0" * 20000 + b"\r\n", 400),
-        ({"transfer-encoding": "chunked"}, b"100001\r\n", 413),
-        ({"transfer-encoding": "chunked"}, b"0\r\n" + b"A: b\r\n" * 65, 431),
-        ({"content-length": "1", "expect": "a miracle"}, b"", 417),
-    ],
-)
-def test_bodies_that_are_not_clear_are_refused(headers: dict[str, str], data: bytes, status: int) -> None:
-    with pytest.raises(HttpError) as caught:
-        body_of(headers, data)
-    assert caught.value.status == status
-
-
-# ---- an engine with a double of the agent ----
-
-
-class Managed:
-    """An engine with its management socket."""
-
-    def __init__(self, directory: Path, **settings: Any) -> None:
-        self.engine = Engine(directory, self._prepare, **settings)
-        self.path = os.path.join(self.engine.run_dir, paths.MANAGEMENT_SOCKET)
-
-    def _prepare(self, engine: Engine) -> None:
-        self.socket = ManagementSocket(engine.sandbox)
-        self.socket.listen()
-
-    def curl(self, target: str, *arguments: str, data: bytes | None = None) -> tuple[int, str, bytes]:
-        """Ask with curl: status, content type, body."""
-        command = ["curl", "-sS", "--max-time", "20", "--unix-socket", self.path, "-o", "-"]
-        command += ["-w", "\\n%{http_code} %{content_type}", *arguments, f"http://sandbox{target}"]
-        done = subprocess.run(command, input=data or b"", capture_output=True, check=True)
-        body, _, words = done.stdout.rpartition(b"\n")
-        status, _, kind = words.decode().partition(" ")
-        return int(status), kind, body
-
-    def connect(self) -> socket.socket:
-        sock = socket.socket(socket.AF_UNIX)
-        sock.settimeout(20)
-        sock.connect(self.path)
-        return sock
-
-    def descriptors(self) -> int:
-        return len(os.listdir("/proc/self/fd"))
-
-    def settle(self) -> None:
-        """Wait until there is no connection any more."""
-        deadline = time.monotonic() + 10
-        while self.socket._management and self.socket._management.server.connections:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        self.engine.do(lambda: None)  # a transport is closed a moment after its task
-
-    def stop(self) -> None:
-        asyncio.run_coroutine_threadsafe(self.socket.close(), self.engine.loop).result(10)
-        self.engine.stop()
-
-
-@pytest.fixture
-def make(tmp_path: Path) -> Iterator[Callable[..., Managed]]:
-    made: list[Managed] = []
-
-    def build(**settings: Any) -> Managed:
-        made.append(Managed(tmp_path, **settings))
-        return made[-1]
-
-    yield build
-    for one in made:
-        one.stop()
-
-
-@pytest.fixture
-def managed(make: Callable[..., Managed]) -> Managed:
-    return make()
 
 
 def test_endpoints(make: Callable[..., Managed], tmp_path: Path) -> None:
@@ -296,19 +67,6 @@ def test_endpoints(make: Callable[..., Managed], tmp_path: Path) -> None:
     assert b"/metrics" in body
     assert managed.curl("/metrics", "-X", "POST", "-d", "x")[0] == 405
     assert managed.curl("/iptables", "-X", "DELETE")[0] == 405
-
-
-def create_with_volume(engine: Engine) -> None:
-    """Make the container c1, with a volume whose source is /dev/null."""
-    bundle = engine.bundle("sleep")
-    path = engine.container_dir / "config.json"
-    config = json.loads(path.read_text())
-    config["mounts"].append(
-        {"type": "bind", "source": "/dev/null", "destination": "/v", "options": ["bind"]}
-    )
-    path.write_text(json.dumps(config))
-    with engine.client() as client:
-        client.create("c1", bundle)
 
 
 def test_the_original_s_paths_reach_the_agent(managed: Managed) -> None:
@@ -526,137 +284,6 @@ def test_nobody_else_may_connect(managed: Managed) -> None:
     assert "BrokenPipe" in done.stderr or "ConnectionReset" in done.stderr or done.stdout == "b''\n"
 
 
-# ---- the client, and the commands that use it ----
-
-
-@pytest.fixture
-def known(make: Callable[..., Managed], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Managed:
-    """An engine that commands find."""
-    managed = make(client={"ends_with_init": False})
-    monkeypatch.setenv("KATA_RUN_DIR", str(tmp_path))
-    monkeypatch.setenv("KATA_STATE_DIR", str(tmp_path / "state"))
-    (tmp_path / "sandboxes").symlink_to("r")
-    (Path(managed.engine.run_dir) / "sandbox.json").write_text('{"id": "c1"}')
-    return managed
-
-
-def test_the_client(known: Managed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    status, headers, body = client.get(known.path, "/metrics")
-    assert (status, headers["content-type"]) == (200, management.METRICS_TEXT)
-    assert int(headers["content-length"]) == len(body)
-    with pytest.raises(NotFoundError, match="there is no '/x' here"):
-        client.content(known.path, "GET", "/x")
-    with pytest.raises(UnsupportedError) as caught:
-        client.content(known.path, "GET", "/agent-url")
-    assert caught.value.hint == "kata-agent-ctl --sandbox c1"
-    with pytest.raises(NotFoundError, match="no engine is running"):
-        client.get(str(tmp_path / "none"), "/metrics")
-    monkeypatch.setattr(client, "MAX_ANSWER", 100)
-    with pytest.raises(HostError, match="longer than 100 bytes"):
-        client.get(known.path, "/metrics")
-
-
-def test_the_client_does_not_wait_for_ever(tmp_path: Path) -> None:
-    path = str(tmp_path / ("d" * 100) / "sock")
-    os.mkdir(os.path.dirname(path))
-    with socket.socket(fileno=listen(path, Journal.create_dir(str(tmp_path), "j", {}))) as listener:
-        with pytest.raises(HostError, match=r"did not answer /metrics within 0\.3 s") as late:
-            client.get(path, "/metrics", 0.3)
-        assert f"{os.path.dirname(path)}/engine.log" in late.value.hint
-
-        def trickle() -> None:
-            peer, _ = listener.accept()
-            with peer, contextlib.suppress(OSError):
-                peer.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
-                for _ in range(100):
-                    peer.sendall(b"x")
-                    time.sleep(0.05)
-
-        listener.accept()[0].close()
-        thread = threading.Thread(target=trickle)
-        thread.start()
-        began = time.monotonic()
-        with pytest.raises(HostError, match="did not answer"):
-            client.get(path, "/metrics", 0.5)
-        assert time.monotonic() - began < 3
-        thread.join()
-    with pytest.raises(HostError, match="cannot reach"):
-        client.get(path, "/metrics", 0.5)
-
-
-def test_kata_metrics(known: Managed, capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["c1"], ["c"], []):
-        assert kata(["metrics", *arguments]) == 0
-        assert "kata_shim_threads " in capsys.readouterr().out
-    assert kata(["metrics", "nobody"]) == 125
-    assert "hint: kata ps" in capsys.readouterr().err
-    (Path(known.engine.run_dir) / "sandbox.json").unlink()
-    assert kata(["metrics"]) == 125
-    assert "no sandbox is running" in capsys.readouterr().err
-
-
-def test_kata_runtime(known: Managed, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    engine, double = known.engine, known.engine.double
-
-    async def get(request: Any, context: Any) -> agent_pb.GetIPTablesResponse:
-        return agent_pb.GetIPTablesResponse(data=b"*nat\x1b[2J\n" if request.is_ipv6 else b"*filter\n")
-
-    async def put(request: Any, context: Any) -> agent_pb.SetIPTablesResponse:
-        double.requests["SetIPTables"] = request
-        return agent_pb.SetIPTablesResponse()
-
-    async def stats(request: Any, context: Any) -> csi_pb.VolumeStatsResponse:
-        return csi_pb.VolumeStatsResponse(usage=[csi_pb.VolumeUsage(total=9)])
-
-    double.GetIPTables, double.SetIPTables, double.GetVolumeStats = get, put, stats  # type: ignore[attr-defined]
-    create_with_volume(engine)
-
-    def run(*argv: str) -> tuple[int, str]:
-        status = oci_runtime.main(argv)
-        output = capsys.readouterr()
-        return status, output.out + output.err
-
-    assert run("metrics", "c1")[1].startswith("# HELP ")
-    assert run("iptables", "get", "--sandbox-id", "c1") == (0, "*filter\n")
-    assert run("iptables", "get", "--sandbox-id", "c1", "--v6") == (0, "*nat\\x1b[2J\n")
-    (tmp_path / "rules").write_bytes(b"*filter\nCOMMIT\n")
-    assert run("iptables", "set", "--sandbox-id", "c1", str(tmp_path / "rules")) == (0, "")
-    assert double.requests["SetIPTables"].data == b"*filter\nCOMMIT\n"
-    assert '"total": 9' in run("direct-volume", "stats", "--volume-path", "/dev/null")[1]
-    for argv, words in (
-        (("direct-volume", "stats", "--volume-path", "/none"), "no running sandbox has the volume"),
-        (("direct-volume", "stats", "--volume-path", "/dev/null", "--size", "1"), "for 'resize' only"),
-        (("direct-volume", "resize", "--volume-path", "/dev/null"), "for 'resize' only"),
-        (("direct-volume", "add"), "mountInfo.json are not known"),
-        (("iptables", "get"), "--sandbox-id ID"),
-        (("iptables", "set", "--sandbox-id", "c1"), "get, or set FILE"),
-        (("iptables", "set", "--sandbox-id", "c1", "/none"), "No such file or directory: /none"),
-        (("metrics", "x"), "no running sandbox"),
-        (("metrics", ""), "the name of a sandbox is empty"),
-        (("create", "c1"), "a bundle is a directory"),
-        (("exec", "c1"), "no debug console of sandbox 'c1'"),
-        (("exec", "c1", "true"), "does not exist"),
-        (("checkpoint", "c1"), "stop the container and start it again"),
-        (("mertics",), "unknown command"),
-        (("metrics", "--loud"), "kata-runtime metrics: unknown option"),
-    ):
-        status, output = run(*argv)
-        assert (status, words in output, "hint: " in output or "/none" in output) == (
-            255 if argv[0] == "exec" else 1,  # a command in the container may end with 1 itself
-            True,
-            True,
-        ), (argv, output)
-    assert run("version")[0] == 0
-    assert run("--help")[0] == 0
-    assert commands.complete([], "me") == [("metrics", commands.COMMANDS["metrics"].summary)]
-    assert [word for word, _ in commands.complete(["iptables"], "--")] == [
-        "--sandbox-id",
-        "--v6",
-        "--help",
-    ]
-    assert [word for word, _ in commands.complete(["direct-volume"], "")] == ["stats", "resize"]
-
-
 def test_a_pod_that_is_not_described_yet(managed: Managed, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing may begin to work in an engine whose machine has yet to be started."""
     monkeypatch.setattr(managed.engine.sandbox.life, "state", SandboxState.NEW)
@@ -665,9 +292,6 @@ def test_a_pod_that_is_not_described_yet(managed: Managed, monkeypatch: pytest.M
     assert managed.curl("/kata/v1/log-level", "-T", "-", data=b"debug")[0] == 503
     monkeypatch.undo()
     assert managed.curl("/kata/v1/state")[0] == 200
-
-
-# ---- where it is ----
 
 
 class Owner:
@@ -718,32 +342,3 @@ def test_where_the_original_s_tools_look(monkeypatch: pytest.MonkeyPatch) -> Non
     assert paths.compat_dirs("abc", "/tmp/r") == ["/tmp/r/vc/sbs/abc"]
     monkeypatch.setenv("KATA_VC_DIR", "/elsewhere")
     assert paths.compat_dirs("abc", "/tmp/r") == ["/elsewhere/abc"]
-
-
-def test_the_end_of_a_log_over_its_files(tmp_path: Path) -> None:
-    path = str(tmp_path / "log")
-    log = LogFile(path, max_bytes=300, files=3)
-    for number in range(10):
-        log.write("stdout", f"line {number}\n".encode())
-    log.write("stderr", b"\xff\x00binary")
-    log.close()
-    text = tails.of_log(path, 40)
-    assert text.endswith("line 9\n\ufffd\\x00binary".encode())
-    assert len(text) <= 48
-    assert tails.of_log(path, 0) == b""
-    assert tails.of_log(str(tmp_path / "none"), 40) == b""
-    assert tails.of_log(path, 1 << 20).startswith(b"line ")
-    # Records that are much larger than what they hold.
-    wide = LogFile(str(tmp_path / "wide"))
-    for number in range(3):
-        wide.write("stdout", b"\x1b" * 65000 + b"%d" % number)
-    wide.close()
-    assert tails.of_log(str(tmp_path / "wide"), 5) == b"\\x1b" * 4 + b"2"
-    assert tails.of_log(str(tmp_path / "wide"), 1 << 20).count(b"\\x1b") == 195000
-
-
-def test_answers_name_their_length() -> None:
-    text = Response(b"abc", http1.TEXT).encode(head_only=True, keep_alive=False)
-    assert text.startswith(b"HTTP/1.1 200 OK\r\n")
-    assert b"\r\nContent-Length: 3\r\n" in text
-    assert text.endswith(b"Connection: close\r\n\r\n")
