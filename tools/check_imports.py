@@ -77,6 +77,7 @@ ALLOWED_SIDEWAYS: frozenset[tuple[str, str]] = frozenset(
         ("host_cache", "paths"),
         ("settings", "errors"),
         ("host_cache", "sysio"),
+        ("pci_driver", "sysio"),
         ("events", "json_text"),
         ("events", "paths"),
         ("events", "inotify"),

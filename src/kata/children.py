@@ -509,7 +509,7 @@ def _exec_child(
         if fds_from_3:
             gate, status = _move_to_3(fds_from_3, gate, status, confinement)
         for cgroup in cgroups:
-            _write(f"{cgroup}/cgroup.procs", "0")
+            sysio.write_existing(f"{cgroup}/cgroup.procs", "0")
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         if disable_thp:
             sysio.prctl(sysio.PR_SET_THP_DISABLE, 1)
@@ -653,14 +653,6 @@ def _root_is_replaceable() -> bool:
         os.close(fd)
     roots = [line for line in text.split(b"\n") if b" / " in line and line.split(b" ", 5)[4] == b"/"]
     return bool(roots) and b" - rootfs " not in roots[-1]
-
-
-def _write(path: str, text: str) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        os.write(fd, text.encode())
-    finally:
-        os.close(fd)
 
 
 def socketpair() -> tuple[int, int]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 
+from kata import sysio
+
 
 def give(device: str, driver: str, *, probe: bool = True) -> None:
     """Take a device from its driver, and give it to another.
@@ -20,11 +22,11 @@ def give(device: str, driver: str, *, probe: bool = True) -> None:
         OSError: The kernel refused.
     """
     address = os.path.basename(device)
-    _write(f"{device}/driver_override", driver or "\n")
+    sysio.write_existing(f"{device}/driver_override", driver or "\n")
     if of(device):
-        _write(f"{device}/driver/unbind", address)
+        sysio.write_existing(f"{device}/driver/unbind", address)
     if probe:
-        _write(f"{os.path.dirname(os.path.dirname(device))}/drivers_probe", address)
+        sysio.write_existing(f"{os.path.dirname(os.path.dirname(device))}/drivers_probe", address)
 
 
 def override(device: str) -> str:
@@ -44,11 +46,3 @@ def of(device: str) -> str:
         return os.path.basename(os.readlink(f"{device}/driver"))
     except OSError:
         return ""
-
-
-def _write(path: str, text: str) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        os.write(fd, text.encode())
-    finally:
-        os.close(fd)

@@ -155,10 +155,12 @@ def _make() -> None:
         sysio.unshare(sysio.CLONE_NEWUSER)
         lacks = mapping.make()
         if not sysio.read_file("/proc/self/gid_map").strip():
-            _write("/proc/self/setgroups", "deny")  # before gid_map, or the user may not write it
-            _write("/proc/self/gid_map", f"0 {group} 1")
+            sysio.write_existing(
+                "/proc/self/setgroups", "deny"
+            )  # before gid_map, or the user may not write it
+            sysio.write_existing("/proc/self/gid_map", f"0 {group} 1")
         if not sysio.read_file("/proc/self/uid_map").strip():
-            _write("/proc/self/uid_map", f"0 {own_user} 1")
+            sysio.write_existing("/proc/self/uid_map", f"0 {own_user} 1")
     finally:
         mapping.close()
 
@@ -276,11 +278,3 @@ def subordinate(path: str, own_user: int) -> _Ranges:
         if name in names and first.isdecimal() and count.isdecimal() and int(count):
             found.append((int(first), int(count)))
     return found
-
-
-def _write(path: str, text: str) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        os.write(fd, text.encode())
-    finally:
-        os.close(fd)

@@ -307,6 +307,22 @@ def write_all(fd: int, data: bytes) -> None:
         view = view[os.write(fd, view) :]
 
 
+def write_existing(path: str, content: str) -> None:
+    """Write to a file that is there, as those of /proc and of cgroups are: in one write(2), which the kernel acts on.
+
+    Raises:
+        OSError: It is not there, or the kernel refused; with the path.
+    """
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, content.encode())
+    except OSError as error:
+        error.filename = path
+        raise
+    finally:
+        os.close(fd)
+
+
 def replace_file(
     path: str, data: bytes, *, mode: int = 0o600, owner: tuple[int, int] | None = None, fsync: bool = False
 ) -> None:

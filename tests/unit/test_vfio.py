@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from kata import journal_undo, mount_table, pci_driver
+from kata import journal_undo, mount_table, pci_driver, sysio
 from kata.config import files
 from kata.engine import machine
 from kata.engine.containers import nodes
@@ -69,7 +69,7 @@ class Kernel:
         return place
 
     def write(self, path: str, text: str) -> None:
-        """In place of `pci_driver._write`."""
+        """In place of `sysio.write_existing`."""
         address = text.strip()
         if not os.path.exists(path):
             raise FileNotFoundError(2, "No such file or directory", path)
@@ -93,7 +93,7 @@ def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kernel:
     made.device(BRIDGE, 7, "0x060400", "pcieport")
     made.device(NIC, 7, "0x020000", "igb")
     made.device(SOUND, 7, "0x040300", "")
-    monkeypatch.setattr(pci_driver, "_write", made.write)
+    monkeypatch.setattr(sysio, "write_existing", made.write)
     return made
 
 
@@ -242,7 +242,7 @@ def test_given_back_after_its_maker_was_killed_at_any_step(
 
     journal = new(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(pci_driver, "_write", write)
+        patch.setattr(sysio, "write_existing", write)
         with pytest.raises(Killed):
             vfio.take(vfio.group(7, str(kernel.sys)), journal, str(kernel.sys))
     ended = subprocess.Popen(["true"])

@@ -376,7 +376,8 @@ def _inherit(pid: int) -> None:
     for name in ("oom_score_adj", "coredump_filter"):
         text = _read(f"/proc/{pid}/{name}")
         if text != _read(f"/proc/self/{name}"):
-            _write(f"/proc/self/{name}", text.strip() if name == "oom_score_adj" else b"0x" + text.strip())
+            value = text.strip().decode()
+            sysio.write_existing(f"/proc/self/{name}", value if name == "oom_score_adj" else f"0x{value}")
     policy = os.sched_getscheduler(pid)
     if policy != os.sched_getscheduler(0):
         os.sched_setscheduler(0, policy, os.sched_getparam(pid))
@@ -395,14 +396,6 @@ def _inherit(pid: int) -> None:
 def _read(path: str) -> bytes:
     with open(path, "rb", 0) as file:
         return file.read()
-
-
-def _write(path: str, data: bytes) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        os.write(fd, data)
-    finally:
-        os.close(fd)
 
 
 def _arguments_area() -> tuple[int, int]:

@@ -118,16 +118,11 @@ def _make() -> sysio.Fd:
     sysio.unshare(sysio.CLONE_NEWNET)
     # The host's end of it says nothing on it by itself.
     for which in ("all", "default"):
-        _write(f"/proc/sys/net/ipv6/conf/{which}/disable_ipv6", "1")
+        try:
+            sysio.write_existing(f"/proc/sys/net/ipv6/conf/{which}/disable_ipv6", "1")
+        except FileNotFoundError:
+            pass  # without IPv6
     with rtnetlink.Rtnl() as rtnl:
         rtnl.add_bridge(BRIDGE)
         rtnl.bring_up(rtnl.index_of(BRIDGE), MTU)
     return sysio.Fd(os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC))
-
-
-def _write(path: str, text: str) -> None:
-    try:
-        with sysio.Fd(os.open(path, os.O_WRONLY | os.O_CLOEXEC)) as fd:
-            os.write(fd.raw, text.encode())
-    except FileNotFoundError:
-        pass  # without IPv6

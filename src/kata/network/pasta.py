@@ -85,7 +85,7 @@ class PastaPlan(UserPlan):
         for which in ("all", "default"):
             # Its own kernel is not to say anything on these interfaces.
             try:
-                _write(f"/proc/sys/net/ipv6/conf/{which}/disable_ipv6", "1")
+                sysio.write_existing(f"/proc/sys/net/ipv6/conf/{which}/disable_ipv6", "1")
             except OSError:
                 pass  # without IPv6
         endpoint = Redirected(0, self.mac)
@@ -169,7 +169,7 @@ def _make_namespaces(user: int) -> list[sysio.Fd]:
         if said != b"0":
             raise OSError(int(said or b"5"), os.strerror(int(said or b"5")))
         for name in ("uid_map", "gid_map"):
-            _write(f"/proc/{pid}/{name}", f"0 {user} 1")
+            sysio.write_existing(f"/proc/{pid}/{name}", f"0 {user} 1")
         found += [
             sysio.Fd(os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC))
             for kind in ("net", "user")
@@ -218,8 +218,3 @@ def _make_persistent(name: str) -> None:
             fcntl.ioctl(fd.raw, _TUNSETPERSIST, 1)
     except OSError as error:
         raise rtnetlink.refused(f"cannot make the tap device {name}", error) from error
-
-
-def _write(path: str, text: str) -> None:
-    with sysio.Fd(os.open(path, os.O_WRONLY | os.O_CLOEXEC)) as fd:
-        os.write(fd.raw, text.encode())

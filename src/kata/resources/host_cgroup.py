@@ -21,7 +21,7 @@ import errno
 import os
 import time
 
-from kata import mount_table
+from kata import mount_table, sysio
 from kata.resources import systemd_scope
 
 TYPE_CHECKING = False
@@ -174,7 +174,7 @@ def join_cgroups_of(pid: int) -> None:
         names = [""] if mount.fstype == "cgroup2" else mount.super_options.split(",")
         name = next((name for name in names if name in wanted and mine.get(name) != wanted[name]), None)
         if name is not None:
-            _write(f"{mount.target}{_below(wanted[name], mount.root)}/cgroup.procs", "0")
+            sysio.write_existing(f"{mount.target}{_below(wanted[name], mount.root)}/cgroup.procs", "0")
             mine = _places("self")
     if mine != wanted:
         raise OSError(errno.ENOENT, "a hierarchy of cgroups is not mounted")
@@ -281,7 +281,7 @@ class HostCgroup:
             for controller in hierarchy.controllers:
                 try:
                     for file, content in limits.files(hierarchy.version, controller):
-                        _write(f"{path}/{file}", content)
+                        sysio.write_existing(f"{path}/{file}", content)
                 except OSError as error:
                     self.warnings.append(_warning(controller, error))
                 else:
@@ -351,7 +351,7 @@ class HostCgroup:
             self._limit_devices(self._leaf)
         if "devices" in self.paths:
             try:
-                _write(f"{self.paths['devices']}/{file}", rule)
+                sysio.write_existing(f"{self.paths['devices']}/{file}", rule)
             except OSError as error:
                 self.warnings.append(
                     f"cannot write {rule!r} to {file} of the sandbox's cgroup: {error.strerror}"
@@ -367,12 +367,12 @@ class HostCgroup:
                 for file in ("cpuset.cpus", "cpuset.mems"):
                     here = f"{above}/{levels[count]}/{file}"
                     if not _read_fields(here):
-                        _write(here, " ".join(_read_fields(f"{above}/{file}")))
+                        sysio.write_existing(here, " ".join(_read_fields(f"{above}/{file}")))
         if "devices" in controllers:
-            _write(f"{path}/devices.deny", "a")
+            sysio.write_existing(f"{path}/devices.deny", "a")
             for rule in (*DEVICES, *self._disks):
                 try:
-                    _write(f"{path}/devices.allow", rule)
+                    sysio.write_existing(f"{path}/devices.allow", rule)
                 except PermissionError:
                     continue  # our own cgroup may not use the device, so neither may the leaf
 
@@ -428,7 +428,7 @@ class HostCgroup:
         for path in dict.fromkeys([*self.paths.values(), *self._units]):
             for pid in members:
                 try:
-                    _write(f"{path}/cgroup.procs", str(pid))
+                    sysio.write_existing(f"{path}/cgroup.procs", str(pid))
                 except ProcessLookupError:
                     pass
                 except OSError as error:
@@ -446,7 +446,7 @@ class HostCgroup:
         for controller, version in self._versions.items():
             try:
                 for file, content in limits.files(version, controller):
-                    _write(f"{self.paths[controller]}/{file}", content)
+                    sysio.write_existing(f"{self.paths[controller]}/{file}", content)
             except OSError as error:
                 refused.append(f"cannot change the limit on the host's {controller}: {error.strerror}")
         return refused
@@ -458,7 +458,7 @@ class HostCgroup:
         for places in self._origins:
             for place in places:
                 try:
-                    _write(f"{place}/cgroup.procs", "0")
+                    sysio.write_existing(f"{place}/cgroup.procs", "0")
                     break
                 except OSError:
                     continue
@@ -542,7 +542,7 @@ def _hand_down(directory: str, wanted: Sequence[str]) -> None:
     enabled = _read_fields(f"{directory}/cgroup.subtree_control")
     for controller in wanted:
         if controller not in enabled:
-            _write(f"{directory}/cgroup.subtree_control", f"+{controller}")
+            sysio.write_existing(f"{directory}/cgroup.subtree_control", f"+{controller}")
 
 
 def _below(path: str, root: str) -> str:
@@ -567,14 +567,3 @@ def _read_fields(path: str) -> list[str]:
             return file.read().split()
     except OSError:
         return []
-
-
-def _write(path: str, text: str) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        os.write(fd, text.encode())
-    except OSError as error:
-        error.filename = path
-        raise
-    finally:
-        os.close(fd)
