@@ -24,6 +24,9 @@ import os
 MAX_SOCKET_PATH = 107
 """Bytes that the path of a unix socket may have: sun_path without its final NUL, unix(7)."""
 
+NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
+"""Of names and ids that become parts of paths."""
+MAX_NAME = 128
 MANAGEMENT_SOCKET = "shim-monitor.sock"
 """Name of an engine's management socket in each of its directories."""
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
@@ -53,6 +56,13 @@ _OURS = frozenset(
 )
 """What our run directory holds, beside files with a dot in their names and ``noted-*``: no sandbox has a directory of
 such a name there."""
+
+
+def may_be_name(text: str) -> bool:
+    """Whether a sandbox, container, volume or network could have this name or id: a letter or digit, then
+    `NAME_CHARACTERS`, at most `MAX_NAME` of them. It can be a part of a path below our directories.
+    """
+    return 0 < len(text) <= MAX_NAME and NAME_CHARACTERS.issuperset(text) and text[0] not in "_.-"
 
 
 def _place(variable: str, default: str) -> str:

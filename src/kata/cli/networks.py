@@ -76,7 +76,7 @@ def find(reference: str) -> dict[str, Any]:
         NotFoundError: There is none.
         UsageError: There are several.
     """
-    found = load(reference) if values.may_be_name(reference) else None
+    found = load(reference) if paths.may_be_name(reference) else None
     if found is not None:
         return found
     matching = [one for one in everything() if reference and one["id"].startswith(reference)]

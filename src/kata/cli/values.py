@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 
+from kata import paths
 from kata.errors import UsageError
 
 TYPE_CHECKING = False
@@ -298,22 +299,6 @@ def environment(assignments: list[str], files: list[str]) -> list[str]:
     return out
 
 
-_NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
-
-
-_LONGEST_NAME = 128
-
-
-def may_be_name(text: str) -> bool:
-    """Whether a container, volume or network could have this name, which is a part of a path below our directories."""
-    return (
-        0 < len(text) <= _LONGEST_NAME
-        and text[0].isalnum()
-        and text.isascii()
-        and set(text) <= _NAME_CHARACTERS
-    )
-
-
 def name(text: str, given: str, whose: str, *, least: int = 2, hint: str = "") -> str:
     """Check a name: a letter or digit, then letters, digits, ``_``, ``.`` and ``-``; returns it.
 
@@ -324,10 +309,10 @@ def name(text: str, given: str, whose: str, *, least: int = 2, hint: str = "") -
         least: How many characters it has at least.
         hint: What else may have been meant.
     """
-    if len(text) < least or not may_be_name(text):
+    if len(text) < least or not paths.may_be_name(text):
         raise UsageError(
             f"{given} {text!r} cannot be a {whose}'s name",
-            f"{least} to {_LONGEST_NAME} of a-z A-Z 0-9 _ . -, starting with a letter or digit{hint}",
+            f"{least} to {paths.MAX_NAME} of a-z A-Z 0-9 _ . -, starting with a letter or digit{hint}",
         )
     return text
 

@@ -62,7 +62,7 @@ def find(name: str) -> dict[str, Any]:
     Raises:
         NotFoundError: There is none of that name.
     """
-    found = load(name) if values.may_be_name(name) else None
+    found = load(name) if paths.may_be_name(name) else None
     if found is None:
         raise NotFoundError(f"there is no volume {name!r}", "kata volume ls")
     return found

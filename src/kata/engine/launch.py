@@ -43,7 +43,6 @@ SOCKET_NAME = "engine.sock"
 LOG_NAME = "engine.log"
 SETTINGS_NAME = "sandbox.json"
 
-_ID_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
 _BACKLOG = 256
 """Connections that wait to be accepted: clients that do not wait themselves are turned away by a full queue."""
 MIN_FILES = 256
@@ -121,14 +120,10 @@ def check_id(sandbox_id: str) -> str:
     Raises:
         UsageError: It cannot.
     """
-    if (
-        not 1 <= len(sandbox_id) <= 128
-        or not _ID_CHARACTERS.issuperset(sandbox_id)
-        or sandbox_id[0] in "._-"
-    ):
+    if not paths.may_be_name(sandbox_id):
         raise UsageError(
             f"{sandbox_id!r} cannot be an id",
-            "use 1 to 128 letters, digits, '_', '.', '-', beginning with a letter or digit",
+            f"use 1 to {paths.MAX_NAME} letters, digits, '_', '.', '-', beginning with a letter or digit",
         )
     return sandbox_id
 

@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 from aiohttp import web
 
+from kata import paths
 from kata.monitor import access, life
 from kata.monitor.engines import Unreachable
 from kata.monitor.expose import Metrics
@@ -177,7 +178,7 @@ class Web:
     async def logs(self, request: web.Request) -> web.StreamResponse:
         """The end of a container's log."""
         container = request.query.get("container", "")
-        if not re.fullmatch(r"[A-Za-z0-9_.-]{1,128}", container):
+        if not paths.may_be_name(container):
             return refused(400, "container is not the id of a container", "?container=ID")
         return await self._passed_on(request, f"/kata/v1/logs?container={container}&tail={tail(request)}")
 

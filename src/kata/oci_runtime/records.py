@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 
+from kata import paths
 from kata.errors import AlreadyExistsError, HostError, NotFoundError
 from kata.json_text import dumps, loads
 
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
 _STATE = "state.json"
 _SOCKET = "pid.sock"
-_ID_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-+")
+_ID_CHARACTERS = paths.NAME_CHARACTERS | {"+"}
+"""runc's."""
 _MAX_BYTES = 1 << 20
 
 
@@ -127,7 +129,7 @@ class Record:
 
 def is_id(text: str) -> bool:
     """Whether a container may be called that: the name of a directory, in runc's characters."""
-    return 0 < len(text) <= 128 and _ID_CHARACTERS.issuperset(text) and text not in (".", "..")
+    return 0 < len(text) <= paths.MAX_NAME and _ID_CHARACTERS.issuperset(text) and text not in (".", "..")
 
 
 def find(root: str, container_id: str) -> Record | None:
