@@ -45,6 +45,30 @@ _TERM_GRACE_S = 1.0
 _POLL_S = 0.01
 
 
+def end_and_undo(directory: str, grace_s: float, kill_s: float, undo_s: float = 4.0) -> list[str] | None:
+    """End the process that a journal belongs to, if it still runs, and undo what it has made. Blocks.
+
+    Args:
+        directory: Where the journal is.
+        grace_s: Seconds that the process may take to end after SIGTERM.
+        kill_s: Seconds that it may take after SIGKILL.
+        undo_s: Seconds for everything that is undone.
+
+    Returns:
+        As of `undo`; None where there is no journal, since the process has ended as it should.
+    """
+    try:
+        journal = journals.Journal.open(os.path.join(directory, journals.FILE_NAME))
+    except JournalError:
+        return None
+    try:
+        if not journal.signal_owner(sysio.SIGTERM, grace_s):
+            journal.signal_owner(sysio.SIGKILL, kill_s)
+        return undo(journal, undo_s)
+    finally:
+        journal.close()
+
+
 def undo(journal: journals.Journal, deadline_s: float = 4.0) -> list[str]:
     """Undo everything in reverse order, then remove the journal and the directory that belongs to it.
 

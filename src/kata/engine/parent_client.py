@@ -11,7 +11,7 @@ import sys
 
 from kata import launcher, paths, sysio
 from kata.errors import JournalError
-from kata.journal import FILE_NAME, Journal, find
+from kata.journal import Journal, find
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ ROOM = "-" * 400
 NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts")
 SCHED_IDLE = 5
 """Of sched(7)."""
+END_S = 2.0
+"""How long one may take to end after SIGTERM, and again after SIGKILL."""
 LOADING_S = 30.0
 """How long a parent may take to load what engines need: until then no other one is started."""
 
@@ -236,21 +238,11 @@ def end_all(run_dir: str) -> list[str]:
     Returns:
         Their names.
     """
-    import signal
-
     from kata import journal_undo
 
-    ended = []
-    for one in listed(run_dir):
-        try:
-            opened = Journal.open(os.path.join(run_dir, paths.FACTORY, one["name"], FILE_NAME))
-        except JournalError:
-            continue
-        try:
-            if not opened.signal_owner(signal.SIGTERM, 2.0):
-                opened.signal_owner(signal.SIGKILL, 2.0)
-            journal_undo.undo(opened)
-        finally:
-            opened.close()
-        ended.append(one["name"])
-    return ended
+    return [
+        one["name"]
+        for one in listed(run_dir)
+        if journal_undo.end_and_undo(os.path.join(run_dir, paths.FACTORY, one["name"]), END_S, END_S)
+        is not None
+    ]

@@ -218,20 +218,9 @@ def _undo(record: Record) -> None:
     Raises:
         HostError: Something could not be undone; the next attempt tries again.
     """
-    from kata import journal_undo, sysio
-    from kata.errors import JournalError
-    from kata.journal import FILE_NAME, Journal
+    from kata import journal_undo
 
-    try:
-        journal = Journal.open(os.path.join(record.sandbox, FILE_NAME))
-    except JournalError:
-        return  # it ended as it should
-    try:
-        if not journal.signal_owner(sysio.SIGTERM, TERM_S):
-            journal.signal_owner(sysio.SIGKILL, GRACE_S)
-        left = journal_undo.undo(journal, UNDO_S)
-    finally:
-        journal.close()
+    left = journal_undo.end_and_undo(record.sandbox, TERM_S, GRACE_S, UNDO_S)
     if left:
         raise HostError(f"container {record.id} left something behind: {left[0]}", "kata gc")
 

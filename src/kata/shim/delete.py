@@ -5,17 +5,14 @@ from __future__ import annotations
 import os
 import time
 
-from kata import sysio
 from kata.engine.launch import check_id
-from kata.errors import HostError, JournalError
+from kata.errors import HostError
 from kata.paths import sandbox_dir
 from kata.shim.names import directory_name, required
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-    from kata.journal import Journal
 
 KILLED = 137
 GRACE_S, KILL_S, UNDO_S = 1.0, 0.5, 2.5
@@ -35,17 +32,11 @@ def delete(values: Mapping[str, str]) -> bytes:
         HostError: Something could not be undone; a second call tries again.
     """
     namespace, container_id = required(values, "namespace"), check_id(required(values, "id"))
-    journal = _journal(sandbox_dir(directory_name(namespace, container_id)))
-    if journal is not None:
-        try:
-            # The engine may hang: it is told to end, and then made to.
-            if not journal.signal_owner(sysio.SIGTERM, GRACE_S):
-                journal.signal_owner(sysio.SIGKILL, KILL_S)
-            from kata import journal_undo
+    directory = sandbox_dir(directory_name(namespace, container_id))
+    if os.path.isdir(directory):  # otherwise it ended as it should
+        from kata import journal_undo
 
-            left = journal_undo.undo(journal, UNDO_S)
-        finally:
-            journal.close()
+        left = journal_undo.end_and_undo(directory, GRACE_S, KILL_S, UNDO_S)
         if left:
             raise HostError(f"sandbox {container_id} left something behind: {left[0]}", "kata gc")
     from kata.proto.google_pb import Timestamp
@@ -55,12 +46,3 @@ def delete(values: Mapping[str, str]) -> bytes:
     return DeleteResponse(
         exit_status=KILLED, exited_at=Timestamp(seconds=now // 10**9, nanos=now % 10**9)
     ).encode()
-
-
-def _journal(directory: str) -> Journal | None:
-    from kata.journal import FILE_NAME, Journal
-
-    try:
-        return Journal.open(os.path.join(directory, FILE_NAME))
-    except JournalError:
-        return None  # it ended as it should
