@@ -238,6 +238,12 @@ def test_detach_keys() -> None:
         (["network", "create", "--ipv4=false", "--ipv6", "x"], "IPv4 in any case, and with --ipv6 both"),
         (["run", "--ip6", "fd00::2", "x"], "ends as the one of --ip does"),
         (["unpuase", "x"], "unknown command 'unpuase'"),
+        (["help", "unpuase"], "unknown command 'unpuase'"),
+        (["run", "--expose", "x", "y"], "--expose 'x': 'x' is not a port\nhint: the form is PORT["),
+        (["run", "--restart", "sometimes", "y"], "--restart 'sometimes' is no policy"),
+        (["run", "--health-interval", "soon", "y"], "--health-interval 'soon' is no duration"),
+        (["run", "oci:/nowhere/at/all"], "no such directory\nhint: check the path\n"),
+        (["doctor", "x"], "hint: usage: kata doctor\n"),
     ],
 )
 def test_words_of_docker_and_podman(

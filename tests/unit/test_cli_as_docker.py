@@ -249,7 +249,7 @@ def test_of_two_options_that_exclude_each_other_none_is_ignored(
     if len(command) == 1:  # the help says so beforehand
         assert "\nOnly one of --" in said(capsys, *command, "--help")
     else:
-        assert "Only one of --quiet, --format." in said(capsys, command[0], "--help")
+        assert "Only one of --quiet and --format can be given." in said(capsys, command[0], "--help")
 
 
 @pytest.mark.parametrize("words", ["inspect -l web", "logs -l web", "wait -l web"])

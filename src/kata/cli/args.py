@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 FLAG, VALUE, LIST = "flag", "value", "list"
+_LONGEST_LINE = 120
+"""What is laid out by hand in summaries and notes may be this wide."""
 _TRUE, _FALSE = ("true", "1", "yes"), ("false", "0", "no")
 
 
@@ -241,7 +243,7 @@ class Command:
         if len(rest) < least:
             raise UsageError(
                 f"{self.program} {self.name}: too few arguments",
-                f"usage: {self.program} {self.name} {self.usage}",
+                f"usage: {self.program} {self.name} {self.usage}".rstrip(),
             )
 
     def _check_count(self, rest: list[str]) -> None:
@@ -249,17 +251,20 @@ class Command:
         if self.most is not None and len(rest) > self.most:
             raise UsageError(
                 f"{self.program} {self.name}: unexpected argument {rest[self.most]!r}",
-                f"usage: {self.program} {self.name} {self.usage}",
+                f"usage: {self.program} {self.name} {self.usage}".rstrip(),
             )
 
     def exclusions(self) -> list[str]:
         """A sentence about each group of options that exclude each other."""
         names = {option.key: option.names[-1] for option in self.options}
-        return [f"Only one of {', '.join(names[key] for key in keys)}." for keys in self.exclusive]
+        groups = ([names[key] for key in keys] for keys in self.exclusive)
+        return [f"Only one of {', '.join(group[:-1])} and {group[-1]} can be given." for group in groups]
 
     def print_help(self) -> None:
         """Write the help to stdout."""
-        lines = [f"usage: {self.program} {self.name} [OPTION...] {self.usage}".rstrip(), "", self.summary]
+        options = "[OPTION...] " if self.options else ""
+        usage = f"usage: {self.program} {self.name} {options}{self.usage}"
+        lines = [usage.rstrip(), "", *_paragraphs(self.summary)]
         if self.options:
             lines += ["", "options:"]
             heads = [", ".join(o.names) + (f" {o.metavar}" if o.metavar else "") for o in self.options]
@@ -269,19 +274,34 @@ class Command:
         for text in self.exclusions():
             lines += ["", text]
         if self.notes:
-            lines += ["", self.notes]
+            lines += ["", *_paragraphs(self.notes)]
         sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _columns() -> int:
+    """How wide the help is."""
+    try:
+        return min(os.get_terminal_size(1).columns, 110)
+    except OSError:
+        return 100
+
+
+def _paragraphs(text: str) -> list[str]:
+    """Lines of text, of which those are wrapped that have no line breaks where they need some."""
+    import textwrap
+
+    return [
+        part
+        for line in text.split("\n")
+        for part in (textwrap.wrap(line, _columns()) if len(line) > _LONGEST_LINE else [line])
+    ]
 
 
 def _entry(head: str, text: str, width: int) -> list[str]:
     """Lay out one line of a help table, wrapped to the terminal."""
     import textwrap
 
-    try:
-        columns = min(os.get_terminal_size(1).columns, 110)
-    except OSError:
-        columns = 100
-    wrapped = textwrap.wrap(text, max(columns - width - 5, 30)) or [""]
+    wrapped = textwrap.wrap(text, max(_columns() - width - 5, 30)) or [""]
     first = f"  {head:<{width}}  {wrapped[0]}" if len(head) <= width else f"  {head}"
     tail = wrapped[1:] if len(head) <= width else wrapped
     return [first, *(f"  {'':<{width}}  {line}" for line in tail)]

@@ -70,7 +70,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "guest": ("host", "build the guest's kernel and initrd, or show them"),
     "factory": ("factory", "make, show or remove the templates that machines go on from"),
     "debug": ("debug", "collect what a report of a bug needs, without secrets"),
-    "install": ("client", "register kata with containerd or Docker on this machine"),
+    "install": ("client", "register kata with containerd, Docker, Podman or CRI-O on this machine"),
     "uninstall": ("client", "undo `kata install`"),
     "version": ("host", "show the versions of this program, its hypervisor and its guest"),
 }
@@ -106,7 +106,7 @@ def dispatch(argv: Sequence[str]) -> int:
         KataError: The command could not be carried out.
     """
     if not argv or argv[0] in ("-h", "--help", "help"):
-        if len(argv) > 1 and argv[1] in COMMANDS:
+        if len(argv) > 1 and argv[1] != "help" and not argv[1].startswith("-"):
             return dispatch([argv[1], "--help"])
         (sys.stdout if argv else sys.stderr).write(_help())
         return 0 if argv else 125

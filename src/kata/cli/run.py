@@ -210,8 +210,14 @@ def _run(arguments: Arguments) -> int:
         )
     if tty and interactive and not detach and not os.isatty(0):
         raise UsageError("-t needs a terminal, and standard input is none", "leave out -t")
-    if arguments.value("restart") not in (None, "no") and (not detach or arguments.flag("rm")):
-        raise UsageError("a container with --restart runs in the background, and stays", "-d, without --rm")
+    policy = arguments.value("restart")
+    if policy is not None and (not detach or arguments.flag("rm")):
+        from kata.cli import restart
+
+        if restart.parse(policy) is not None:
+            raise UsageError(
+                "a container with --restart runs in the background, and stays", "-d, without --rm"
+            )
     from kata.cli.pump import detach_keys, passes_signals
 
     keys = detach_keys(arguments.value("detach_keys"))

@@ -97,6 +97,10 @@ class RunOptions:
             from kata.cli import restart
 
             self._restart = restart.parse(policy)
+        if any(a.value(f"health_{name}") for name in ("interval", "timeout", "start_period", "retries")):
+            from kata.cli import health
+
+            health.wanted(a, {})  # what is malformed is told before the image is fetched
         self._security = [security(text) for text in a.many("security_opt")]
         self._resources = _resources(a)
         self.env = [f"{key}={value}" for key, value in os.environ.items()] if a.flag("env_host") else []
@@ -242,7 +246,7 @@ def exposed(text: str) -> list[dict[str, Any]]:
     """Parse an ``--expose``, as `values.port` returns it."""
     if ":" in text:
         raise UsageError(f"--expose {text!r} is about a port of the container alone", "-p HOST:GUEST")
-    return values.port(text)
+    return values.port(text, "--expose")
 
 
 def sysctl(text: str) -> tuple[str, str]:

@@ -104,8 +104,12 @@ def whole(text: str, option: str, *, least: int) -> int:
     return number
 
 
-def port(text: str) -> list[dict[str, Any]]:
+def port(text: str, option: str = "-p") -> list[dict[str, Any]]:
     """Parse ``[[IP:]HOST:]GUEST[/tcp|udp]``; each side is a port or a range, of equal length.
+
+    Args:
+        text: As the user wrote it.
+        option: The option it belongs to, for errors.
 
     Returns:
         One entry for each port: host_ip ("" for all addresses), host_port (0 where any free one will do: without a host
@@ -119,24 +123,29 @@ def port(text: str) -> list[dict[str, Any]]:
         parts = [host_ip, *spec.split(":")]
     else:
         parts = spec.split(":")
-    hint = "the form is [IP:]HOST_PORT:GUEST_PORT[/tcp|/udp], e.g. -p 127.0.0.1:8080:80"
     if proto not in ("tcp", "udp") or not 1 <= len(parts) <= 3:
-        raise UsageError(f"-p {text!r} is not a port mapping", hint)
+        raise UsageError(f"{option} {text!r} is not a port mapping", _PORT_FORMS[option])
     if len(parts) == 3:
         host_ip = parts[0]
         _check_address(host_ip, text)
-    guest = _port_range(parts[-1], text, hint)
+    guest = _port_range(parts[-1], text, option)
     outer = parts[-2] if len(parts) > 1 else ""
-    host = [0] * len(guest) if outer in ("", "0") else _port_range(outer, text, hint)
+    host = [0] * len(guest) if outer in ("", "0") else _port_range(outer, text, option)
     if len(guest) != len(host):
-        raise UsageError(f"-p {text!r}: the two port ranges differ in length", hint)
+        raise UsageError(f"{option} {text!r}: the two port ranges differ in length", _PORT_FORMS[option])
     return [
         {"host_ip": host_ip, "host_port": number, "guest_port": inner, "proto": proto}
         for number, inner in zip(host, guest, strict=True)
     ]
 
 
-def _port_range(text: str, whole_text: str, hint: str) -> range:
+_PORT_FORMS = {
+    "-p": "the form is [IP:]HOST_PORT:GUEST_PORT[/tcp|/udp], e.g. -p 127.0.0.1:8080:80",
+    "--expose": "the form is PORT[/tcp|/udp], e.g. --expose 8080",
+}
+
+
+def _port_range(text: str, whole_text: str, option: str) -> range:
     first, dash, last = text.partition("-")
     try:
         low = int(first)
@@ -144,7 +153,7 @@ def _port_range(text: str, whole_text: str, hint: str) -> range:
     except ValueError:
         low, high = 0, 0
     if not 0 < low <= high < 65536:
-        raise UsageError(f"-p {whole_text!r}: {text!r} is not a port", hint)
+        raise UsageError(f"{option} {whole_text!r}: {text!r} is not a port", _PORT_FORMS[option])
     return range(low, high + 1)
 
 

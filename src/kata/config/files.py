@@ -335,7 +335,9 @@ def _parse(path: str) -> tuple[str, dict[str, Any]]:
             text = file.read().decode()
         content = tomllib.loads(text)
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+        raise ConfigError(
+            f"cannot read {path}: {error.strerror}", "kata config show names the files that are read"
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}", "kata config check FILE") from None
     return text, content

@@ -175,9 +175,8 @@ def _local(kind: str, rest: str) -> LocalImage:
         other = "is not a directory" if what == "directory" else "is not a file"
         hint = "use oci: for a directory, oci-archive: or docker-archive: for a tar file"
         raise ImageError(f"{rest} {other}, which {kind}: needs", hint)
-    raise ImageError(
-        f"{kind}:{rest}: there is no such {what}", f"check the path; it is relative to {os.getcwd()}"
-    )
+    where = "" if os.path.isabs(rest) else f"; it is relative to {os.getcwd()}"
+    raise ImageError(f"{kind}:{rest}: there is no such {what}", f"check the path{where}")
 
 
 def parse_reference(text: str) -> Reference:
