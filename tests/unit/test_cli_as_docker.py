@@ -133,13 +133,21 @@ def test_stats_has_dockers_fields() -> None:
         "pids": 3,
         "overhead_bytes": 0,
         "memory_returned_bytes": 0,
+        "memory_parts": {"guest": 3 << 20, "hypervisor": 2 << 20, "engine": 1 << 20, "helpers": None},
     }
     first, further = (usage._fields(row, is_first=is_first) for is_first in (True, False))
     assert first.keys() == usage.FIELDS.keys()
     assert (first["ID"], first["CPUPerc"], first["MemPerc"]) == ("ab" * 6, "12.35%", "25.00%")
     assert (first["MemUsage"], first["NetIO"], first["BlockIO"]) == ("1MiB / 4MiB", "1KiB / 0B", "0B / 2KiB")
+    assert [first[name] for name in ("GuestMem", "HypervisorMem", "EngineMem", "HelpersMem")] == [
+        "3MiB",
+        "2MiB",
+        "1MiB",
+        "-",
+    ]
     # A pod's network and overhead are told once.
     assert (further["NetIO"], further["Overhead"], further["MemUsage"]) == ("-", "-", first["MemUsage"])
+    assert further["GuestMem"] == "-"
     assert usage._fields({**row, "memory_limit_bytes": 0}, is_first=True)["MemPerc"] == "0.00%"
     assert usage._fields(row, is_first=True, digits=None)["ID"] == row["id"]
 

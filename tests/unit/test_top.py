@@ -63,8 +63,19 @@ class Node:
             "created": time.time() - 3700,
             "name": name,
             "vcpus": 2,
-            "host": {"cpu_seconds": 0.0, "memory_bytes": 300 << 20},
-            "guest": {"memory_total_bytes": 2 << 30, "memory_returned_bytes": 1 << 30},
+            "host": {
+                "cpu_seconds": 0.0,
+                "memory_bytes": 300 << 20,
+                "processes": [
+                    {"role": role, "rss_bytes": mib << 20}
+                    for role, mib in (("engine", 20), ("hypervisor", 250), ("virtiofsd", 4), ("passt", 3))
+                ],
+            },
+            "guest": {
+                "memory_total_bytes": 2 << 30,
+                "memory_resident_bytes": 150 << 20,
+                "memory_returned_bytes": 1 << 30,
+            },
             "overhead": {"memory_bytes": 100 << 20},
             "hypervisor": {"name": "qemu", "version": "7.2", "accelerator": "tcg", "channel": "vsock"},
             "network": [{"interface": "eth0", "received_bytes": 0, "sent_bytes": 0}],
@@ -171,6 +182,7 @@ def test_the_list_and_its_keys(node: Node, terminal: Callable[..., Terminal]) ->
         "CONTAINERS", "START, 1.00 s", "EVENTS", "exit_code=137", "the machine went away", third
     )
     assert "qemu 7.2 tcg, agent by vsock" in text
+    assert "guest 150 MiB, hypervisor 100 MiB, engine 20.0 MiB, helpers 7.00 MiB" in text
     assert text.index("kernel") < text.index("process")
     first, second = (shown.screen.display[shown.line_of(word)] for word in ("kernel", "process"))
     assert first.index("\u2588") < second.index("\u2588") == first.rindex("\u2588") + 1
@@ -340,6 +352,12 @@ def test_stats_of_all_clients(
         "pids": 3,
         "overhead_bytes": 100 << 20,
         "memory_returned_bytes": 1 << 30,
+        "memory_parts": {
+            "guest": 150 << 20,
+            "hypervisor": 100 << 20,
+            "engine": 20 << 20,
+            "helpers": 7 << 20,
+        },
     }
     assert "warning: no statistics of " in told.err
     assert main.main(["stats", "--json", "--interval", "0.1", stuck]) == 125  # it was asked for
@@ -355,6 +373,23 @@ def test_stats_of_all_clients(
     assert "\x1b" not in other
     assert main.main(["stats", "nobody"]) == 125
     assert "no container named 'nobody'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("processes", "guest", "parts"),
+    [
+        ([], 5, (None, None, None, None)),
+        ([("engine", 3)], 5, (None, None, 3, 0)),  # the machine has gone
+        ([("engine", 3), ("hypervisor", 9), ("logger", 1)], None, (None, 9, 3, 1)),
+        ([("engine", 3), ("hypervisor", 9)], 10, (10, 0, 3, 0)),  # of two moments
+    ],
+)
+def test_memory_of_the_parts(
+    processes: list[tuple[str, int]], guest: int | None, parts: tuple[int | None, ...]
+) -> None:
+    told = [{"role": role, "rss_bytes": size} for role, size in processes]
+    row = live.Row("d", {"host": {"processes": told}, "guest": {"memory_resident_bytes": guest}})
+    assert tuple(row.parts[name] for name in live.PARTS) == parts
 
 
 def test_one_that_is_silent_is_waited_for_once(tmp_path: Path) -> None:

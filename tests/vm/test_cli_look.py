@@ -129,6 +129,11 @@ def test_stats(shared_kata: Kata, box: str) -> None:
     assert shared_kata.ok("stats", "--no-stream", "--interval", "0.1", box).splitlines()[1].split()[1] == box
     assert row["client"] == "kata"
     assert 0 < row["overhead_bytes"] < 1 << 30
+    parts = row["memory_parts"]
+    assert all(8 << 20 < parts[name] < 1 << 30 for name in ("guest", "hypervisor", "engine"))
+    assert parts["helpers"] > 0  # the network's
+    shown = shared_kata.ok("stats", "--no-stream", "--interval", "0.1", "--format", "{{.GuestMem}}", box)
+    assert "MiB" in shown
     shown = json.loads(shared_kata.ok("top", "--json", "--interval", "0.3", "--filter", box))
     assert [(one["name"], one["state"], one["problem"]) for one in shown] == [(box, "ready", "")]
     assert shown[0]["rates"]["cpu_per_second"] is not None

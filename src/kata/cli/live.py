@@ -29,6 +29,9 @@ ASK_S = 5.0
 MAX_THREADS = 16
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _HIDDEN = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
+PARTS = ("guest", "hypervisor", "engine", "helpers")
+"""What a sandbox consists of on the host: its guest's memory, the hypervisor without that, the engine, and file server,
+network and logging programs."""
 COUNTERS = ("cpu", "container_cpu", "received", "sent", "read", "written")
 
 
@@ -107,6 +110,8 @@ class Row:
         containers: Those of the document.
         rates: By the names of `COUNTERS`, a second; None where it is not known (yet).
         container_rates: CPU of each container by its id, in processors.
+        parts: Memory of the host that each part of it has resident, in bytes, by the names of `PARTS`; None where it is
+            not known. Pages that processes share count in each.
         status: Its state, or ``silent``.
     """
 
@@ -144,6 +149,7 @@ class Row:
         self.memory = _sum(one.get("memory_bytes") for one in containers)
         self.overhead = number(part(document, "overhead").get("memory_bytes"))
         self.returned = number(part(document, "guest").get("memory_returned_bytes"))
+        self.parts = _parts(document)
         self.created = number(document.get("created")) or None
         paused = bool(containers) and all(one.get("state") == "paused" for one in containers)
         self.status = "silent" if problem else "paused" if paused else clean(document.get("state"), 20)
@@ -184,7 +190,23 @@ class Row:
     def to_json(self) -> Document:
         """The document, with what follows from two of them."""
         rates = {f"{name}_per_second": rate for name, rate in self.rates.items()}
-        return {**self.document, "id": self.id, "problem": self.problem, "rates": rates}
+        of_self = {"id": self.id, "problem": self.problem, "rates": rates, "memory_parts": self.parts}
+        return {**self.document, **of_self}
+
+
+def _parts(document: Document) -> dict[str, float | None]:
+    """See `Row.parts`. Of a hypervisor whose guest's memory is not known, that is in its own."""
+    held: dict[str, float] = {}
+    for one in items(part(document, "host").get("processes")):
+        role = str(one.get("role"))
+        name = role if role in PARTS else "helpers"
+        held[name] = held.get(name, 0.0) + (number(one.get("rss_bytes")) or 0.0)
+    if held:
+        held.setdefault("helpers", 0.0)
+    guest = number(part(document, "guest").get("memory_resident_bytes"))
+    if guest is not None and "hypervisor" in held:
+        held |= {"guest": guest, "hypervisor": max(0.0, held["hypervisor"] - guest)}
+    return {name: held.get(name) for name in PARTS}
 
 
 def _rate(now: float | None, before: float | None, seconds: float) -> float | None:

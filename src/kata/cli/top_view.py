@@ -412,6 +412,7 @@ def _facts(row: Row) -> list[Line]:
             f"{live.size(total)}, {live.size(free)} available, {live.size(row.returned)} given back",
         ),
         ("Host's memory", f"{live.size(host)}, of it overhead {live.size(row.overhead)}"),
+        ("Resident", ", ".join(f"{name} {live.size(row.parts[name])}" for name in live.PARTS)),
         ("Network", f"{_pair(row, 'received', 'sent')} a second in / out"),
         ("Disk", f"{_pair(row, 'read', 'written')} a second read / written"),
     )

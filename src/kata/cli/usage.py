@@ -27,14 +27,16 @@ FIELDS = {
     "Overhead": "OVERHEAD",
     "GivenBack": "GIVEN BACK",
     "Container": "CONTAINER",
+    **{f"{name.title()}Mem": f"{name.upper()} MEM" for name in live.PARTS},
 }
-"""The fields of --format with their headings: Docker's, and what the machine takes and has given back."""
-_COLUMNS = tuple(FIELDS)[:-1]
+"""The fields of --format with their headings: Docker's, what the machine takes and has given back, and what each part
+of it has resident."""
+_COLUMNS = tuple(FIELDS)[: tuple(FIELDS).index("Container")]
 """Those of the table."""
 
 
 def _rows(sandbox: Row) -> list[dict[str, Any]]:
-    """A row for each container that runs. Network, overhead and memory given back are the sandbox's."""
+    """A row for each container that runs. Network, overhead, memory given back and its parts are the sandbox's."""
     document, rows = sandbox.document, []
     for one in sandbox.containers:
         if one.get("state") not in ("running", "paused") or live.number(one.get("memory_bytes")) is None:
@@ -57,6 +59,7 @@ def _rows(sandbox: Row) -> list[dict[str, Any]]:
                 "pids": _whole(one.get("pids")),
                 "overhead_bytes": _whole(sandbox.overhead),
                 "memory_returned_bytes": _whole(sandbox.returned),
+                "memory_parts": sandbox.parts,
             }
         )
     return rows
@@ -66,6 +69,13 @@ def _whole(value: object) -> int:
     return int(live.number(value) or 0)
 
 
+def _parts(parts: dict[str, float | None]) -> dict[str, str]:
+    return {
+        f"{name.title()}Mem": "-" if value is None else table.human_size(value)
+        for name, value in parts.items()
+    }
+
+
 def _fields(row: dict[str, Any], *, is_first: bool, digits: int | None = 12) -> dict[str, Any]:
     size = table.human_size
     limit = row["memory_limit_bytes"]
@@ -73,6 +83,7 @@ def _fields(row: dict[str, Any], *, is_first: bool, digits: int | None = 12) -> 
         "NetIO": f"{size(row['network_received_bytes'])} / {size(row['network_sent_bytes'])}",
         "Overhead": size(row["overhead_bytes"]),
         "GivenBack": size(row["memory_returned_bytes"]),
+        **_parts(row["memory_parts"]),
     }
     return {
         "ID": row["id"][:digits],

@@ -42,6 +42,7 @@ class Figures:
         containers: The agent's answer to StatsContainer, by container.
         processes: The engine, the hypervisor and the helpers.
         counters: What the hypervisor has counted (`kata.hypervisor.protocols.Machine.counters`).
+        resident_bytes: How much of the guest's memory takes memory of the host; None where that is not known.
         returned_bytes: How much of the guest's memory takes none of the host's; None where that is not known.
         is_whole: Whether every container that runs has answered.
         cpu_s: Processor time of the whole sandbox on the host, in seconds.
@@ -57,6 +58,7 @@ class Figures:
         "is_whole",
         "memory_bytes",
         "processes",
+        "resident_bytes",
         "returned_bytes",
     )
 
@@ -67,6 +69,7 @@ class Figures:
         self.counters: dict[str, dict[str, int]] = {}
         self.is_whole = False
         self.processes: list[ProcessFigures] = []
+        self.resident_bytes: int | None = None
         self.returned_bytes: int | None = None
         self.cpu_s = 0.0
         self.memory_bytes = 0
@@ -101,7 +104,7 @@ async def look(sandbox: Sandbox) -> Figures:
         for key, question in asked.items()
         if question.done() and not question.cancelled() and question.exception() is None
     }
-    resident = answers.pop(_MACHINE, {}).get("guest_resident_bytes")
+    resident = found.resident_bytes = answers.pop(_MACHINE, {}).get("guest_resident_bytes")
     if resident is not None:
         has_mib = sandbox.resizer.memory_mib + sandbox.machine.extra_memory_mib
         found.returned_bytes = max(0, (has_mib << 20) - resident)

@@ -72,7 +72,11 @@ async def state(sandbox: Sandbox) -> dict[str, Any]:
                 for one in found.processes
             ],
         },
-        "guest": {**guest, "memory_returned_bytes": found.returned_bytes},
+        "guest": {
+            **guest,
+            "memory_resident_bytes": found.resident_bytes,
+            "memory_returned_bytes": found.returned_bytes,
+        },
         "overhead": {
             "cpu_seconds": max(0.0, found.cpu_s - inside_s) if found.is_whole else None,
             "memory_bytes": max(0, found.memory_bytes - metrics.container_memory(found))
