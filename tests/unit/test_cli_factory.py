@@ -9,6 +9,7 @@ import pytest
 
 from kata.cli import main as kata
 from kata.engine.factory import pool_counts
+from kata.oci_runtime import main as oci
 
 
 @pytest.fixture
@@ -44,6 +45,17 @@ def test_status_and_destroy_need_no_machine(templates: Path, capsys: pytest.Capt
     }
     assert kata.main(["factory", "destroy"]) == 0
     assert not (templates / "0123.failed").exists()
+
+
+def test_by_the_oci_command_line(templates: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert oci.main(["factory", "status"]) == 0
+    assert "no space" in capsys.readouterr().out
+    assert oci.main(["factory", "destroy"]) == 0
+    assert not (templates / "0123.failed").exists()
+    assert oci.main(["factory", "init"]) == 1  # it has neither a hypervisor nor a kernel
+    assert "error" in capsys.readouterr().err
+    assert oci.main(["factory", "burn"]) == 1
+    assert "init" in capsys.readouterr().err
 
 
 def test_status_says_what_became_of_machines_that_waited(
