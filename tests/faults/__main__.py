@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 import time
@@ -80,6 +81,13 @@ def main() -> int:
         help="write the results into a page (docs/faults.md); what it has of other clients stays",
     )
     parser.add_argument(
+        "--section",
+        metavar="WORDS",
+        default="",
+        help="what the points of this run are about: its results are kept, and reported, beside those of other runs"
+        " with the same client, instead of in their place",
+    )
+    parser.add_argument(
         "--state",
         type=Path,
         default=STATE,
@@ -139,7 +147,8 @@ def carry_out(options: argparse.Namespace, names: list[str]) -> int:
     try:
         runner.open()
         title = runner.title if options.hypervisor == "qemu" else f"{runner.title} with {options.hypervisor}"
-        state = options.state / f"{title.replace(' with ', '-').replace(' ', '-')}.json"
+        title += f": {options.section}" if options.section else ""
+        state = options.state / f"{re.sub(r' with |[ :,/]+', '-', title)}.json"
         record = rounds.Record(state, title, seed, resume=options.resume)
         print(f"{record.title}, seed {record.seed}", flush=True)
         wanted = chosen(options, names, record.seed, runner.kinds, guest)

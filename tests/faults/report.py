@@ -39,6 +39,11 @@ for the container (`standing`), and conmon, also that of an exec. An undisturbed
 by the container that it has waited for; the `waiter` is the process that waits with it. Who asks for one that is killed
 starts another one. In the end nobody waits any more.
 
+At the points `template.*` a process makes a template (the `maker`) for a machine that has started, at `clone.*` a
+machine goes on from one, and at those of disks the root file system is the image of its layers and a disk, of which
+what was written is carried back. Afterwards the next container gets a whole template, and goes on from it; and the
+snapshot's directory has all that was written, or nothing.
+
 A hypervisor is also stopped instead of killed (`hang`): it answers nothing any more, nor does its guest. What waits for
 them ends by its time limit, with an error; the task is removed as if it were alive. Only who waits for the end of a
 command that runs has no limit: they are let go when the container is removed.
@@ -78,7 +83,8 @@ def page(record: Record, takes: dict[str, float], before: str) -> str:
     ]
     sections = {**_sections(before), record.title: "\n".join(lines).rstrip("\n") + "\n"}
     ordered = sorted(
-        sections, key=lambda title: (title.split()[0], [int(n) for n in re.findall(r"\d+", title)])
+        sections,
+        key=lambda title: (title.split()[0], [int(n) for n in re.findall(r"\d+", title.partition(":")[0])]),
     )
     return "\n".join([HEAD, *(sections[title] for title in ordered)])
 

@@ -141,6 +141,15 @@ def test_a_page_keeps_what_it_says_of_other_containerds(tmp_path: Path) -> None:
     for version in ("1.6.20", "1.10.2", "2.4.2"):
         assert text.count(f"with {version}") == 1
     assert text.count("`tools/faults --containerd 2 --points") == 1
+    # A run about some points does not take the place of the one before.
+    text = report.page(record("1.6.20: 3 of them"), {"ctr": 1.5}, text)
+    headings = [line for line in text.splitlines() if line.startswith("## ")]
+    assert headings[:3] == [
+        "## containerd 1.6.20",
+        "## containerd 1.6.20: 3 of them",
+        "## containerd 1.10.2",
+    ]
+    assert text.count("with 1.6.20 |") == 1
 
 
 def test_the_program_between_passes_on_what_was_not_ordered(tmp_path: Path) -> None:
