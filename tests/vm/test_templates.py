@@ -18,7 +18,10 @@ from waiting import until
 TOLD = (
     "cat /proc/sys/kernel/random/boot_id; hostname; cat /proc/sys/kernel/random/uuid; date +%s;"
     " cut -d' ' -f28 /proc/self/stat; ip link show eth0 | sed -n 's/.*ether \\([^ ]*\\).*/\\1/p';"
-    " ip -o -4 address show eth0 | grep -c inet"
+    " ip -o -4 address show eth0 | grep -c inet;"
+    # AT_RANDOM (getauxval(3)): where the kernel has put what a process's stack canary is made of.
+    " at=$(od -An -v -t u8 -w16 /proc/$$/auxv | sed -n 's/^ *25 *//p');"
+    " dd if=/proc/$$/mem bs=1 skip=$at count=16 2>/dev/null | od -An -v -t x1 | tr -d ' '"
 )
 
 
@@ -143,7 +146,7 @@ def test_clones_share_nothing_that_is_a_sandboxs_own(templates: Kata, busybox_im
         assert "start: template" in errors.decode()
         said.append(out.decode().split())
     first, second = said
-    assert len(first) == len(second) == 7, said
+    assert len(first) == len(second) == 8, said
     for place, what in enumerate(("boot id", "host name", "uuid")):
         assert first[place] != second[place], what
     for words in said:
@@ -151,6 +154,8 @@ def test_clones_share_nothing_that_is_a_sandboxs_own(templates: Kata, busybox_im
         assert words[6] == "1"  # an address
     assert first[4] != second[4], "where a process has its stack"
     assert first[5] != second[5], "the interface's address"
+    assert len(first[7]) == len(second[7]) == 32
+    assert first[7] != second[7], "what its stack canary is made of"
 
 
 def test_a_clone_has_files_of_the_host(templates: Kata, busybox_image: str) -> None:
