@@ -19,6 +19,7 @@ from kata.resources import host_cgroup, sizing
 
 MIB = 1 << 20
 LIMITS = host_cgroup.Limits(64 * MIB, 1.5)
+USER = 1_800_000_001
 SOURCE = str(Path(__file__).resolve().parents[2] / "src")
 
 
@@ -181,6 +182,84 @@ def test_a_host_that_allows_nothing_is_a_warning(tmp_path: Path, monkeypatch: py
     assert journal_undo.undo(one.journal) == []
     with pytest.raises(JournalError):
         Journal.open(str(tmp_path / one.name / FILE_NAME))
+
+
+@pytest.fixture
+def delegated() -> Iterator[list[host_cgroup.Hierarchy]]:
+    """A cgroup in each hierarchy that is `USER`'s, as systemd makes them, with one below for its processes."""
+    name = f"kata-test-{os.getpid()}"
+    given = []
+    try:
+        for one in hierarchies():
+            if one.version == 2:
+                host_cgroup._hand_down(one.top, one.controllers)
+            inside = host_cgroup.Hierarchy(
+                one.version, one.top, f"{one.top}/{name}/session", one.controllers
+            )
+            os.makedirs(inside.own)
+            for place in (Path(inside.own).parent, Path(inside.own)):
+                for path in (place, *place.glob("cgroup.*"), *place.glob("tasks")):
+                    os.chown(path, USER, USER)
+            given.append(inside)
+        yield given
+    finally:
+        for inside in given:
+            os.rmdir(inside.own)
+            os.rmdir(os.path.dirname(inside.own))
+
+
+def test_an_ordinary_users_leaves_are_where_cgroups_are_delegated(
+    tmp_path: Path, delegated: list[host_cgroup.Hierarchy]
+) -> None:
+    tmp_path.chmod(0o777)
+    for path in tmp_path.parents[:3]:
+        path.chmod(path.stat().st_mode | 0o011)
+    # The sources are loaded by root: the checkout may be where others cannot go.
+    program = f"""
+import os, sys
+sys.path.insert(0, {SOURCE!r})
+from kata import children, journal_undo, mount_table, sysio
+from kata.journal import Journal
+from kata.resources import device_rules, host_cgroup, systemd_scope
+sysio.preload()
+for own in {[one.own for one in delegated]!r}:
+    open(own + "/cgroup.procs", "w").write("0")
+os.setgroups([])
+os.setresgid({USER}, {USER}, {USER})
+os.setresuid({USER}, {USER}, {USER})
+journal = Journal.create_dir({str(tmp_path)!r}, "user", {{}})
+cgroup = host_cgroup.HostCgroup()
+cgroup.make(journal, "kata/one", host_cgroup.Limits(256 << 20, 1))
+cgroup.join([os.getpid()])
+wrong = [words for words in cgroup.warnings if "devices" not in words]  # those are closed by root alone
+assert not wrong, wrong
+for one in host_cgroup.hierarchies():
+    parent = os.path.dirname(one.base)
+    assert parent == one.top, (one.base, one.top)
+for controller, path in cgroup.paths.items():
+    assert path.endswith("/kata-test-{os.getpid()}/kata/one"), path
+    assert str(os.getpid()) in open(path + "/cgroup.procs").read().split()
+cgroup.leave()
+assert journal_undo.undo(journal) == []
+assert not any(os.path.exists(os.path.dirname(path)) for path in cgroup.paths.values())
+print(sorted(cgroup.paths))
+"""
+    done = subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "['cpu', 'memory', 'pids']\n"), done.stderr
+
+
+def test_with_version_2_processes_have_to_be_movable(tmp_path: Path) -> None:
+    own = tmp_path / "user.slice/session"
+    own.mkdir(parents=True)
+    for place in (tmp_path, own.parent, own):
+        (place / "cgroup.procs").touch()
+    assert host_cgroup.Hierarchy(2, str(tmp_path), str(own), []).base == str(tmp_path)
+    (tmp_path / "cgroup.procs").unlink()
+    assert host_cgroup.Hierarchy(2, str(tmp_path), str(own), []).base == str(own.parent)
+    (own.parent / "cgroup.procs").unlink()
+    assert host_cgroup.Hierarchy(2, str(tmp_path), str(own), []).base == str(own)
+    assert host_cgroup.Hierarchy(1, str(tmp_path), str(own), []).base == str(tmp_path)
+    assert host_cgroup.Hierarchy(2, str(tmp_path), "/elsewhere", []).base == str(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kata import children, journal_undo
+from kata import children, journal_undo, sysio
 from kata.journal import Journal
 from kata.resources import systemd_scope
 
@@ -26,6 +26,20 @@ from kata.resources import systemd_scope
 )
 def test_a_cgroups_path_names_a_unit_or_a_directory(path: str, unit: tuple[str, str] | None) -> None:
     assert systemd_scope.unit_of(path) == unit
+
+
+def test_who_is_root_in_a_user_namespace_asks_the_users_systemd(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert systemd_scope._asking("systemd-run") == (["systemd-run"], children.ENVIRONMENT)
+    monkeypatch.setattr(sysio, "in_user_namespace", lambda: True)
+    monkeypatch.setattr(sysio, "id_map", lambda kind: [(1, 100000, 65536), (0, 1234, 1)])
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    words, environment = systemd_scope._asking("systemd-run")
+    assert words == ["systemd-run", "--user"]
+    assert environment["XDG_RUNTIME_DIR"] == "/run/user/1234"
+    assert not systemd_scope.managed_by_systemd("a.scope")  # none runs
+    # In a container with a systemd, that one is asked: its socket is this root's.
+    monkeypatch.setattr(os, "access", lambda path, mode: path == "/run/systemd/private")
+    assert systemd_scope._asking("systemd-run") == (["systemd-run"], children.ENVIRONMENT)
 
 
 def scope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> systemd_scope.Scope:

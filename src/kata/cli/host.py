@@ -216,14 +216,14 @@ def _cgroups() -> Check:
     missing = [name for name in host_cgroup.CONTROLLERS if not any(name in one.controllers for one in found)]
     if missing:
         return Check("cgroups", WARN, f"{text}; none with {' or '.join(missing)}")
-    closed = [one.top for one in found if not host_cgroup.may_divide(one.top)]
+    closed = [one.top for one in found if not host_cgroup.may_divide(one.base, one.version)]
     if closed:
         return Check(
             "cgroups",
             WARN,
             f"{text}; {' and '.join(closed)} {'is' if len(closed) == 1 else 'are'} not delegated to this user:"
             " virtual machines run without limits on the host but their own size",
-            "docs/rootless.md says what differs from root",
+            "with systemd: systemd-run --user --scope kata run ...; docs/rootless.md has more",
         )
     return Check("cgroups", OK, text)
 

@@ -2,8 +2,10 @@
 
 The specification names the leaf (``cgroupsPath``; with Kubernetes it is in the pod's cgroup), which is then made in the
 hierarchies of all controllers of version 1. If the path has systemd's form, systemd makes it. Without ``cgroupsPath``
-the leaf is ``kata/<id>`` below the topmost visible cgroup of each hierarchy. It is not below the caller's cgroup, which
-may end with a login session and, under version 2, cannot delegate controllers since it holds processes.
+the leaf is ``kata/<id>`` below the topmost visible cgroup of each hierarchy; an ordinary user's below the topmost one
+of those that the caller is in that is delegated to that user, as systemd delegates ``user@UID.service``. It is not
+below the caller's own cgroup, which may end with a login session and, under version 2, cannot delegate controllers
+since it holds processes.
 
 Version 2 is used for every controller that it has, version 1 for the others; some hosts have a mixture. The limits are
 those of `kata.resources.sizing`. Access to the host's devices is restricted by version 1's devices controller, or by a
@@ -94,15 +96,18 @@ class Hierarchy:
         version: 1 or 2.
         top: Directory of its topmost visible cgroup.
         own: Directory of the cgroup that this process is in.
+        base: Directory of the topmost cgroup, from `top` to `own`, that this user may make leaves below; `top` where
+            there is none.
         controllers: Those of `CONTROLLERS` that it has.
     """
 
-    __slots__ = ("controllers", "own", "top", "version")
+    __slots__ = ("base", "controllers", "own", "top", "version")
 
     def __init__(self, version: int, top: str, own: str, controllers: Sequence[str]) -> None:
         self.version = version
         self.top = top
         self.own = own
+        self.base = _base(version, top, own)
         self.controllers = list(controllers)
 
 
@@ -127,24 +132,44 @@ def hierarchies() -> list[Hierarchy]:
         if mount.fstype not in ("cgroup2", "cgroup"):
             continue
         version = 2 if mount.fstype == "cgroup2" else 1
-        listed = f"{mount.target}/cgroup.controllers"
-        offered = _read_fields(listed) if version == 2 else mount.super_options.split(",")
-        here = [name for name in missing if name in offered]
-        if here:
-            own = place.get("" if version == 2 else here[0], "/")
-            found.append(Hierarchy(version, mount.target, mount.target + _below(own, mount.root), here))
-            missing = [name for name in missing if name not in here]
+        mounted_names = mount.super_options.split(",")
+        mine = next(
+            (place[name] for name in ([""] if version == 2 else mounted_names) if name in place), "/"
+        )
+        one = Hierarchy(version, mount.target, mount.target + _below(mine, mount.root), [])
+        # With version 2, what is delegated need not have all that the host has.
+        offered = _read_fields(f"{one.base}/cgroup.controllers") if version == 2 else mounted_names
+        one.controllers = [name for name in missing if name in offered]
+        if one.controllers:
+            found.append(one)
+            missing = [name for name in missing if name not in one.controllers]
     return found
 
 
-def may_divide(top: str) -> bool:
-    """Whether this user may make leaves below the top of a hierarchy: root may, others where it is delegated to them.
+def may_divide(directory: str, version: int) -> bool:
+    """Whether this user may make leaves below a cgroup: root may, others where it is delegated to them.
 
     Args:
-        top: Its directory.
+        directory: The cgroup's.
+        version: Of its hierarchy. With version 2, the kernel also asks for ``cgroup.procs`` of the cgroup that the
+            leaf and the process's former cgroup have in common (cgroup-v2.rst, "Delegation Containment").
     """
-    parent = f"{top}/{PARENT}"
-    return os.access(parent if os.path.isdir(parent) else top, os.W_OK | os.X_OK)
+    parent = f"{directory}/{PARENT}"
+    if not os.access(parent if os.path.isdir(parent) else directory, os.W_OK | os.X_OK):
+        return False
+    return version == 1 or os.access(f"{directory}/cgroup.procs", os.W_OK)
+
+
+def _base(version: int, top: str, own: str) -> str:
+    """See `Hierarchy`."""
+    if not f"{own}/".startswith(f"{top}/"):
+        return top
+    directory = top
+    for level in ("", *own[len(top) :].split("/")):
+        directory = f"{directory}/{level}" if level else directory
+        if may_divide(directory, version):
+            return directory
+    return top
 
 
 def others() -> list[tuple[str, list[str], str]]:
@@ -275,7 +300,7 @@ class HostCgroup:
             except OSError as error:
                 self.warnings += [_warning(controller, error) for controller in hierarchy.controllers]
                 continue
-            self._origins.append((hierarchy.own, hierarchy.top))
+            self._origins.append((hierarchy.own, hierarchy.base))
             if hierarchy.version == 2:
                 self._limit_devices(path)
             for controller in hierarchy.controllers:
@@ -289,7 +314,7 @@ class HostCgroup:
                     self._versions[controller] = hierarchy.version
         present = [controller for hierarchy in mounted for controller in hierarchy.controllers]
         self.warnings += [
-            f"no limit on the host's {controller}: this host has no cgroup hierarchy with that controller"
+            f"no limit on the host's {controller}: no cgroup hierarchy that can be used here has that controller"
             for controller in CONTROLLERS
             if controller not in present
         ]
@@ -377,8 +402,10 @@ class HostCgroup:
                     continue  # our own cgroup may not use the device, so neither may the leaf
 
     def _make_leaf(self, journal: Journal, hierarchy: Hierarchy, place: str) -> str:  # noqa: C901, PLR0912
-        *levels, name = place.split("/")
-        above = [hierarchy.top]
+        # A specification may name the whole path of what lies below the user's own part.
+        inside = hierarchy.base[len(hierarchy.top) :].strip("/")
+        *levels, name = place.removeprefix(f"{inside}/").split("/")
+        above = [hierarchy.base]
         for level in levels:
             above.append(f"{above[-1]}/{level}")
         parent = above[-1]
@@ -397,7 +424,7 @@ class HostCgroup:
             for attempt in range(_ATTEMPTS):
                 try:
                     for directory in above:
-                        if directory != hierarchy.top:
+                        if directory != hierarchy.base:
                             _make_parent(directory)
                         if hierarchy.version == 2:
                             _hand_down(directory, hierarchy.controllers)
@@ -554,7 +581,7 @@ def _below(path: str, root: str) -> str:
 
 def _warning(controller: str, error: OSError) -> str:
     why = (
-        "the cgroup that we see as the top one holds processes"
+        "the cgroup that sandboxes would be made in holds processes itself"
         if error.errno == errno.EBUSY
         else error.strerror
     )

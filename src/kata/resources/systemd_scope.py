@@ -5,6 +5,8 @@ systemd owns the tree. It disables a controller in a slice as soon as no unit th
 that systemd does not know loses its limits. The scope is delegated to us (``Delegate=yes``): systemd changes nothing in
 it.
 
+In a user namespace, as rootless Podman makes one, it is the user's own systemd (``systemd --user``) whose tree that is.
+
 systemd-run(1) creates the scope through systemd's private socket, so neither a message bus nor a client library is
 needed. It registers its own process and then executes a program, which keeps the scope alive until the sandbox's
 processes are in it. When the last of these has ended, systemd removes the scope.
@@ -17,7 +19,7 @@ from __future__ import annotations
 import os
 import select
 
-from kata import children
+from kata import children, sysio
 from kata.sysio import Fd
 
 TYPE_CHECKING = False
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 DEFAULT_SLICE = "system.slice"
 PATIENCE_S = 10.0
+_PRIVATE = "systemd/private"
+"""The socket on which systemd answers its user's programs, below its runtime directory."""
 _UP = b"up\n"
 _HOLD = f"echo {_UP.decode().strip()}; exec sleep infinity"
 
@@ -47,8 +51,29 @@ def unit_of(cgroups_path: str) -> tuple[str, str] | None:
 
 
 def managed_by_systemd(unit: str) -> bool:
-    """Whether systemd runs on this host (sd_booted(3)) and can create *unit*, which must not be a slice."""
-    return unit.endswith(".scope") and os.path.isdir("/run/systemd/system")
+    """Whether a systemd runs (sd_booted(3)) that this user may ask for *unit*, which must not be a slice."""
+    if not unit.endswith(".scope"):
+        return False
+    runtime = _users_runtime_dir()
+    return os.path.exists(f"{runtime}/{_PRIVATE}") if runtime else os.path.isdir("/run/systemd/system")
+
+
+def _users_runtime_dir() -> str:
+    """The runtime directory of the user who made this user namespace; empty where the host's systemd is asked: by root,
+    and by who is root in a container with a systemd.
+    """
+    if not sysio.in_user_namespace() or os.access(f"/run/{_PRIVATE}", os.W_OK):
+        return ""
+    user = next((outside for inside, outside, _ in sysio.id_map("uid") if inside == 0), 0)
+    return f"/run/user/{user}"  # pam_systemd(8)
+
+
+def _asking(program: str) -> tuple[list[str], dict[str, str]]:
+    """How one of systemd's programs is called so that it asks the right one: words, and the environment."""
+    runtime = _users_runtime_dir()
+    if not runtime:
+        return [program], children.ENVIRONMENT
+    return [program, "--user"], {**children.ENVIRONMENT, "XDG_RUNTIME_DIR": runtime}
 
 
 class Scope:
@@ -71,7 +96,8 @@ class Scope:
         if program is None:
             raise OSError(0, "there is no systemd-run")
         told = [f"--property={one}" for one in ("Delegate=yes", *properties)]
-        argv = [program, "--scope", "--quiet", "--collect", f"--slice={slice_name}", f"--unit={unit}", *told]
+        words, environment = _asking(program)
+        argv = [*words, "--scope", "--quiet", "--collect", f"--slice={slice_name}", f"--unit={unit}", *told]
         said = children.StderrTail()
         reader, writer = map(Fd, os.pipe2(os.O_CLOEXEC))
         try:
@@ -81,6 +107,7 @@ class Scope:
                 "scope",
                 stdout=writer.raw,
                 stderr=said.write_fd,
+                env=environment,
             )
             writer.close()
             said.started()
@@ -117,10 +144,11 @@ def change(unit: str, properties: list[str]) -> str:
     """
     import subprocess
 
+    words, environment = _asking("systemctl")
     try:
         done = subprocess.run(
-            ["systemctl", "set-property", "--runtime", unit, *properties],
-            env=children.ENVIRONMENT,
+            [*words, "set-property", "--runtime", unit, *properties],
+            env=environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
