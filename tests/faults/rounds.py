@@ -33,6 +33,9 @@ _TEMPLATED = ("making", "clone", "pool", "podman-pool")
 _AROUND_WAITERS = ("shim", "containerd", "runtime", "conmon")
 """Who else there is at the points of a machine that waits: whoever asks for it."""
 REACH_S = 90.0
+REACH_LIVES = 12.0
+"""A point is waited for that long, or for as long as so many undisturbed lives take: machines may have to boot, have
+a template made and come to wait before."""
 CLEAN_S = 90.0
 """How long the host may take to be as before. An engine without a container or a client ends after a minute."""
 VICTIM_S = 15.0
@@ -304,7 +307,7 @@ class Runner:
                 raise Failure("there is no engine to begin with")
             os.kill(engine, signal.SIGKILL)
         waiting = 0
-        deadline = time.monotonic() + REACH_S
+        deadline = time.monotonic() + max(REACH_S, REACH_LIVES * max(self._takes.values()))
         while not (waiting := reached()):
             if time.monotonic() > deadline or not (
                 script.is_alive() or one.point.phase in ("clear", "delete", "template")
