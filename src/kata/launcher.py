@@ -5,12 +5,15 @@ Imported on every start, so it imports next to nothing.
 
 from __future__ import annotations
 
+import _imp
 import io
 import os
 import sys
+from marshal import loads as unmarshal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from types import CodeType, ModuleType
     from typing import Any
 
 STDOUT = "standard output"
@@ -20,11 +23,15 @@ STDOUT = "standard output"
 def settle() -> None:
     """Bring this process into the state that all of its code takes for granted; before anything else.
 
+    From now on its own modules are found in a shorter way (`_Finder`).
+
     Descriptors 0 to 2 are open: one that the caller has closed becomes /dev/null. Otherwise the next file or
     connection would get its number, and what is printed would go there, or what is read would come from there.
 
     Nobody but the owner may write what is made, whatever the caller's umask: it can only take more away.
     """
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
     os.umask(os.umask(0o077) | 0o022)
     closed = [fd for fd in range(3) if not _is_open(fd)]
     if closed:
@@ -32,6 +39,79 @@ def settle() -> None:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC), True)
         # Python has made sys.stdin, sys.stdout and sys.stderr from what there was: once more from the start.
         os.execv(sys.executable, sys.orig_argv)
+
+
+_external: Any = sys.modules["_frozen_importlib_external"]
+_PACKAGE = "kata."
+_TAG = f".{sys.implementation.cache_tag}.pyc"
+_HEAD = 16
+"""Bytes in front of a compiled module's code: magic number, flags, and the source's time and size (PEP 552)."""
+
+
+class _Loader(_external.SourceFileLoader):  # type: ignore[misc]
+    """Executes a module whose code has been read already; whatever else is asked for, the source's file has."""
+
+    def __init__(self, name: str, path: str, code: CodeType) -> None:
+        super().__init__(name, path)
+        self._code = code
+
+    def exec_module(self, module: ModuleType) -> None:
+        """See `importlib.abc.Loader`."""
+        exec(self._code, module.__dict__)
+
+
+class _Finder:
+    """Finds the modules of this package in fewer steps than Python's own finder takes, as long as each is compiled.
+
+    That one lists directories, looks for extension modules, and reads through two layers of files: half of what the
+    import of a small module costs, and a command has forty of them. Whatever is out of the ordinary is left to it: a
+    module that is not compiled, or whose source has changed since.
+    """
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        """See `importlib.abc.MetaPathFinder`; None for what Python's finder is to look for."""
+        if not name.startswith(_PACKAGE) or not path:
+            return None
+        base = path[0]
+        tail = name.rpartition(".")[2]
+        source = f"{base}/{tail}.py"
+        code = _compiled(source, f"{base}/__pycache__/{tail}{_TAG}")
+        places = None
+        if code is None:
+            places = [f"{base}/{tail}"]
+            source = f"{base}/{tail}/__init__.py"
+            code = _compiled(source, f"{base}/{tail}/__pycache__/__init__{_TAG}")
+        if code is None:
+            return None
+        loader = _Loader(name, source, code)
+        return _external.spec_from_file_location(
+            name, source, loader=loader, submodule_search_locations=places
+        )
+
+
+def _compiled(source: str, path: str) -> CodeType | None:
+    """The code of a module; None unless it is compiled from the source as that is now."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        data = os.read(fd, os.fstat(fd).st_size)
+        made_from = os.stat(source)
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+    mtime, size = int(made_from.st_mtime) & 0xFFFFFFFF, made_from.st_size & 0xFFFFFFFF
+    head = _external.MAGIC_NUMBER + bytes(4) + mtime.to_bytes(4, "little") + size.to_bytes(4, "little")
+    if data[:_HEAD] != head:
+        return None
+    try:
+        code: CodeType = unmarshal(memoryview(data)[_HEAD:])
+        _imp._fix_co_filename(code, source)  # type: ignore[attr-defined]
+    except (ValueError, EOFError, TypeError):
+        return None
+    return code
 
 
 class _Output(io.FileIO):
