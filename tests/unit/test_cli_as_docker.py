@@ -171,8 +171,7 @@ def test_columns_of_processes(
             return [process]
 
     monkeypatch.setattr("kata.engine.client.EngineClient", Engine)
-    monkeypatch.setattr("kata.cli.listing.need_running", lambda container: {})
-    monkeypatch.setattr(records, "find", lambda name: SimpleNamespace(socket="", id=name))
+    monkeypatch.setattr(records, "find", lambda name: SimpleNamespace(socket="", id=name, need_running=dict))
     assert said(capsys, "top", "web", "-o", "pid,comm").split() == ["PID", "COMMAND", "7", "httpd"]
     assert said(capsys, "top", "web", "-o", "cmd").splitlines()[1] == "/usr/sbin/httpd -p 80"
     assert said(capsys, "top", "web").split()[:7] == ["PID", "PPID", "UID", "TIME", "RSS", "TTY", "COMMAND"]

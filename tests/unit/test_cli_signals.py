@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 from engine_double import Engine, make
 
-from kata.cli.session import Attachment
+from kata.cli.attachment import Attachment
 from kata.errors import KataError
 from kata.proto import google_pb
 from kata.sysio import Fd
@@ -31,6 +31,7 @@ class Attached:
         self.attachment._exec_id = ""
         self.attachment._unresponsive = None
         self.attachment._unanswered = 0
+        self.attachment._signals_reader = None
         reader, signals = os.pipe()
         self._signals = self.attachment._signals_writer = Fd(signals)
         self.over, writer = os.pipe()

@@ -14,6 +14,7 @@ from kata.engine.standard_streams import streams
 from kata.errors import (
     AlreadyExistsError,
     CommandNotFoundError,
+    NotFoundError,
     UsageError,
 )
 from kata.ttrpc.status import UNIMPLEMENTED, TtrpcError
@@ -22,6 +23,39 @@ __all__ = ["engine", "make"]
 
 
 # ---- execs ----
+
+
+def test_an_exec_by_one_message(make: Callable[..., Engine], tmp_path: Path) -> None:
+    engine = make(client={"ends_with_init": False})
+    with engine.client() as client:
+        client.create("c1", engine.bundle("sleep"))
+        client.start("c1")
+        pipes = fifos(tmp_path, "stdout")
+        running = client.run("c1", "e1", process("flood", "300000"), stdout=pipes["stdout"])
+        running.started()
+        assert client.state("c1", "e1").status in (2, 3)
+        assert len(drain(pipes["stdout_fd"])) == 300_000
+        assert running.status() == 0
+        assert running.over()
+        client.begin_delete("c1", "e1")
+        with pytest.raises(NotFoundError):  # the server begins with calls in their order
+            client.state("c1", "e1")
+        failed = client.run("c1", "bad", process("missing"))
+        with pytest.raises(CommandNotFoundError):
+            failed.started()
+        refused = client.run("c1", "c1", process("exit", "0"))
+        with pytest.raises(AlreadyExistsError):
+            refused.started()
+        asleep = client.run("c1", "e2", process("sleep"))
+        asleep.started()
+        assert not asleep.over()
+        client.kill("c1", 9, "e2")
+        assert asleep.status() == 137
+    with engine.client() as client:  # what was not waited for is not undone with the connection
+        client.run("c1", "e3", process("exit", "7"))
+    with engine.client() as client:
+        assert client.wait("c1", "e3") == 7
+        client.begin_delete("c1", "e3")
 
 
 def test_execs_run_beside_the_init(make: Callable[..., Engine], tmp_path: Path) -> None:

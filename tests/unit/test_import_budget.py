@@ -112,6 +112,23 @@ def test_exec_loads_little_of_python_and_nothing_of_starts() -> None:
     assert loaded & {"kata.cli.run", "kata.engine.launch", "kata.settings", "kata.hypervisor"} == set()
 
 
+def test_exec_asks_for_the_process_before_it_loads_what_carries_the_streams() -> None:
+    """The guest needs as long for the process as this command for the rest of its modules."""
+    loaded = loaded_by("kata.cli.main", "kata.cli.records", "kata.cli.execute", "kata.engine.client")
+    assert {name for name in loaded if name.startswith("kata")} <= ASKED_BY_PODMAN | {
+        *(
+            "kata.cli",
+            "kata.cli.args",
+            "kata.cli.execute",
+            "kata.cli.fifos",
+            "kata.cli.main",
+            "kata.cli.records",
+        ),
+        "kata.suppress",
+    }
+    assert loaded & {"importlib", "warnings", "encodings.ascii", "math"} == set()
+
+
 def test_the_end_of_a_container_loads_little() -> None:
     loaded = loaded_by(
         "kata.cli.main", "kata.cli.lifecycle", "kata.cli.ending", "kata.events", "kata.journal_undo"

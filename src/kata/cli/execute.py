@@ -5,20 +5,20 @@ from __future__ import annotations
 import os
 import sys
 
-from kata.cli import records, session, values
+from kata.cli import records
 from kata.cli.args import Command, Option
-from kata.cli.listing import need_running
-from kata.cli.pump import Detached, OutputGone, detach_keys, passes_signals
+from kata.cli.fifos import Fifos
 from kata.errors import KataError, StateError, UsageError, VMLostError
 from kata.json_text import loads
 from kata.suppress import suppress
-from kata.sysio import SIGKILL, SIGPIPE
+from kata.sysio import SIGKILL, SIGPIPE, read_file
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
     from kata.cli.args import Arguments
+    from kata.cli.pump import OutputGone
     from kata.cli.records import Container
     from kata.engine.client import EngineClient
 
@@ -74,16 +74,18 @@ COMMANDS = {
 
 def _process(container: Container, arguments: Arguments) -> dict[str, Any]:
     """The runtime-spec ``process`` of an exec: the container's, changed by the command line's options."""
-    with open(os.path.join(container.directory, "config.json"), encoding="utf-8") as file:
-        process: dict[str, Any] = loads(file.read())["process"]
+    process: dict[str, Any] = loads(read_file(os.path.join(container.directory, "config.json")))["process"]
     process["terminal"] = arguments.flag("tty")
     process["args"] = arguments.rest[1:]
     process.pop("consoleSize", None)
     merged = dict(entry.partition("=")[::2] for entry in process["env"])
     if process["terminal"]:
         merged.setdefault("TERM", "xterm")
-    extra = values.environment(arguments.many("env"), arguments.many("env_file"))
-    merged.update(entry.partition("=")[::2] for entry in extra)
+    assignments, files = arguments.many("env"), arguments.many("env_file")
+    if assignments or files:
+        from kata.cli import values
+
+        merged.update(entry.partition("=")[::2] for entry in values.environment(assignments, files))
     process["env"] = [f"{key}={value}" for key, value in merged.items()]
     workdir = arguments.value("workdir")
     if workdir:
@@ -112,12 +114,12 @@ def _exec(arguments: Arguments) -> int:
     from kata.engine.client import EngineClient
 
     container = records.find(arguments.rest[0])
-    keys = detach_keys(arguments.value("detach_keys"))
+    keys = _detach_keys(arguments)
     tty, detach = arguments.flag("tty"), arguments.flag("detach")
     interactive = arguments.flag("interactive") and not detach
     if tty and interactive and not os.isatty(0):
         raise UsageError("-t needs a terminal, and standard input is none", "leave out -t")
-    state = need_running(container)
+    state = container.need_running()
     if state["status"] == records.PAUSED:
         raise StateError(f"container {container.name} is paused", f"kata resume {container.name}")
     process = _process(container, arguments)
@@ -128,12 +130,9 @@ def _exec(arguments: Arguments) -> int:
                 client.exec(container.id, exec_id, process, terminal=tty)
                 client.start(container.id, exec_id)
                 return 0
-            streams = session.Attachment(
-                client, container, exec_id=exec_id, terminal=tty, stdin=interactive, prefix=exec_id
-            )
+            fifos = Fifos.of_sandbox(container.id, exec_id, stdin=interactive, terminal=tty)
             try:
-                fifos = streams.fifos
-                client.exec(
+                running = client.run(
                     container.id,
                     exec_id,
                     process,
@@ -142,22 +141,28 @@ def _exec(arguments: Arguments) -> int:
                     stdout=fifos.stdout,
                     stderr=fifos.stderr,
                 )
-                client.start(container.id, exec_id)
+                # What carries the streams is loaded while the guest makes the process.
+                from kata.cli import attachment, pump
+
+                if keys is None:
+                    keys = pump.detach_keys(None)
+                running.started()
                 fifos.connected()
             except BaseException:
-                streams.fifos.close()
+                fifos.close()
                 raise
+            streams = attachment.Attachment(client, container, fifos, running, exec_id=exec_id, terminal=tty)
             try:
                 status = streams.copy(detach_keys=keys)
-            except OutputGone as gone:
+            except pump.Detached:
+                sys.stderr.write("\r\ndetached; the command goes on\r\n")
+                return 0
+            except pump.OutputGone as gone:
                 return _end_without_output(client, container, exec_id, gone)
             if status == 137 and (cause := client.describe().get("error")):
-                raise session.lost(container, cause)
-            client.delete(container.id, exec_id)
+                raise attachment.lost(container, cause)
+            client.begin_delete(container.id, exec_id)
             return status
-    except Detached:
-        sys.stderr.write("\r\ndetached; the command goes on\r\n")
-        return 0
     except VMLostError as error:
         cause = container.raw_state().get("error") or error.message
         raise VMLostError(
@@ -165,20 +170,34 @@ def _exec(arguments: Arguments) -> int:
         ) from None
 
 
+def _detach_keys(arguments: Arguments) -> bytes | None:
+    """What ``--detach-keys`` says; None where it is not given."""
+    text = arguments.value("detach_keys")
+    if text is None:
+        return None
+    from kata.cli import pump
+
+    return pump.detach_keys(text)
+
+
 def _end_without_output(client: EngineClient, container: Container, exec_id: str, gone: OutputGone) -> int:
     """End a command whose output has no reader, as the kernel ends a process that writes to a closed pipe."""
-    session.say_gone(gone, "the command is ended")
+    from kata.cli import attachment
+
+    attachment.say_gone(gone, "the command is ended")
     for number in (SIGPIPE, SIGKILL):
         with suppress(KataError):
-            client.kill(container.id, number, exec_id, timeout=session.OUTPUT_GONE_S)
-            client.wait(container.id, exec_id, timeout=session.OUTPUT_GONE_S)
+            client.kill(container.id, number, exec_id, timeout=attachment.OUTPUT_GONE_S)
+            client.wait(container.id, exec_id, timeout=attachment.OUTPUT_GONE_S)
             break
     with suppress(KataError):
         client.delete(container.id, exec_id)
-    return session.gone_code(gone)
+    return attachment.gone_code(gone)
 
 
 def _attach(arguments: Arguments) -> int:
+    from kata.cli.pump import detach_keys, passes_signals
+
     container = records.find(arguments.rest[0])
     keys = detach_keys(arguments.value("detach_keys"))
     return attach(
@@ -205,10 +224,12 @@ def attach(container: Container, *, stdin: bool, detach_keys: bytes, proxy_signa
         StateError: It is not running, or paused.
         VMLostError: Its machine was lost.
     """
+    from kata.cli import attachment
     from kata.cli.ending import wait_for_engine
+    from kata.cli.pump import Detached, OutputGone
     from kata.engine.client import EngineClient
 
-    state = need_running(container)
+    state = container.need_running()
     if state["status"] == records.PAUSED:
         raise StateError(f"container {container.name} is paused", f"kata resume {container.name}")
     tty = bool(container.record["tty"])
@@ -219,27 +240,28 @@ def attach(container: Container, *, stdin: bool, detach_keys: bytes, proxy_signa
             f"kata attach --no-stdin {container.name}",
         )
     with EngineClient(container.socket) as client:
-        streams = session.Attachment(
-            client, container, exec_id="", terminal=tty, stdin=stdin, prefix=f"attach-{os.urandom(4).hex()}"
-        )
-        fifos = streams.fifos
+        fifos = Fifos.of_sandbox(container.id, f"attach-{os.urandom(4).hex()}", stdin=stdin, terminal=tty)
         try:
             client.attach(container.id, "", stdin=fifos.stdin, stdout=fifos.stdout, stderr=fifos.stderr)
             fifos.connected()
+            running = client.begin_wait(container.id)
         except BaseException:
             fifos.close()
             raise
+        streams = attachment.Attachment(client, container, fifos, running, exec_id="", terminal=tty)
         try:
             status = streams.copy(detach_keys=detach_keys, proxy_signals=proxy_signals and not tty)
         except Detached:
             sys.stderr.write(f"\r\ndetached; it goes on: kata attach {container.name}\r\n")
             return 0
         except OutputGone as gone:
+            from kata.cli import session
+
             return session.without_output(container, gone, ends=False)
         cause = client.describe().get("error")
     wait_for_engine(container)
     if cause:
-        raise session.lost(container, cause)
+        raise attachment.lost(container, cause)
     return status
 
 

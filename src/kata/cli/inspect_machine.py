@@ -266,7 +266,7 @@ def run(container: Container, seconds: float, tick: Callable[[float], None] | No
         KataError: The machine could not be started.
     """
     from kata.cli import session
-    from kata.cli.pump import Fifos
+    from kata.cli.fifos import Fifos
     from kata.engine.client import EngineClient
     from kata.engine.launch import launch
 

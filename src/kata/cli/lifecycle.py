@@ -9,7 +9,6 @@ import time
 from kata.cli import objects, records, session, signals
 from kata.cli.args import Command, Option
 from kata.cli.ending import ENDED, stop, wait_for_engine
-from kata.cli.listing import need_running
 from kata.cli.pump import detach_keys, passes_signals
 from kata.cli.report import REMOVING
 from kata.engine.client import EngineClient
@@ -274,7 +273,7 @@ def _kill(arguments: Arguments) -> int:
     number = signals.number(arguments.value("signal") or "KILL")
 
     def act(container: Container) -> None:
-        need_running(container)
+        container.need_running()
         if _is_restarted(container) and number in _ENDING:
             from kata.cli import restart
 
@@ -337,7 +336,7 @@ def _rm(arguments: Arguments) -> int:
 
 def _pause(arguments: Arguments) -> int:
     def act(container: Container) -> None:
-        if need_running(container)["status"] == records.PAUSED:
+        if container.need_running()["status"] == records.PAUSED:
             raise StateError(
                 f"container {container.name} is paused already", f"kata resume {container.name}"
             )
@@ -349,7 +348,7 @@ def _pause(arguments: Arguments) -> int:
 
 def _resume(arguments: Arguments) -> int:
     def act(container: Container) -> None:
-        if need_running(container)["status"] != records.PAUSED:
+        if container.need_running()["status"] != records.PAUSED:
             raise StateError(f"container {container.name} is not paused", f"kata pause {container.name}")
         with EngineClient(container.socket) as engine:
             engine.resume(container.id)

@@ -8,7 +8,7 @@ import time
 
 from kata.cli import records, table
 from kata.cli.args import Command, Option
-from kata.errors import NotFoundError, StateError, UsageError
+from kata.errors import NotFoundError, UsageError
 from kata.json_text import loads
 
 TYPE_CHECKING = False
@@ -241,21 +241,6 @@ def _summary(container: Container, state: dict[str, Any]) -> dict[str, Any]:
         "ports": record["ports"],
         "labels": record["labels"],
     }
-
-
-def need_running(container: Container) -> dict[str, Any]:
-    """Return the container's state.
-
-    Raises:
-        StateError: It is not running.
-    """
-    state = container.state()
-    if state["status"] not in (records.RUNNING, records.PAUSED):
-        raise StateError(
-            f"container {container.name} is not running: it is {state['status']}",
-            f"kata start {container.name}",
-        )
-    return state
 
 
 # ---- logs ----
@@ -495,7 +480,7 @@ def _directories(references: list[str]) -> list[str]:
     for reference in references:
         own = records.find_or_none(reference)
         if own is not None:
-            need_running(own)
+            own.need_running()
             found.append(paths.sandbox_dir(own.id))
             continue
         try:

@@ -16,86 +16,16 @@ import os
 import select
 import sys
 
-from kata import paths
 from kata.errors import UsageError
 from kata.suppress import suppress
-from kata.sysio import Fd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+
+    from kata.cli.fifos import Fifos
 
 _CHUNK = 1 << 18
-_PIPE_SIZE = 1 << 20
-
-
-class Fifos:
-    """The named pipes of one process, created in *directory* and opened at this end.
-
-    The reading ends are opened before the engine learns the names, so that it never blocks in opening them.
-
-    Args:
-        directory: A directory that is removed with the sandbox.
-        prefix: File name prefix, unique among the processes of the sandbox.
-        stdin: Whether to forward standard input.
-        terminal: Whether the process has a terminal, which has only one output stream.
-    """
-
-    def __init__(self, directory: str, prefix: str, *, stdin: bool, terminal: bool) -> None:
-        self.stdin = self.stdout = self.stderr = ""
-        self.stdin_end: Fd | None = None
-        self.stderr_end: Fd | None = None
-        paths.make_dirs(directory, 0o700)
-        if stdin:
-            self.stdin = self._make(directory, prefix, "stdin")
-        self.stdout = self._make(directory, prefix, "stdout")
-        self.stdout_end = self._open_output(self.stdout)
-        if not terminal:
-            self.stderr = self._make(directory, prefix, "stderr")
-            self.stderr_end = self._open_output(self.stderr)
-
-    @staticmethod
-    def _make(directory: str, prefix: str, name: str) -> str:
-        path = os.path.join(directory, f"{prefix}-{name}")
-        os.mkfifo(path, 0o600)
-        return path
-
-    @staticmethod
-    def _open_output(path: str) -> Fd:
-        return Fd(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
-
-    def _ends(self) -> list[Fd]:
-        return [end for end in (self.stdin_end, self.stdout_end, self.stderr_end) if end is not None]
-
-    def connected(self) -> None:
-        """Open the writing end of stdin and remove the names; to be called when the engine has opened its ends."""
-        if self.stdin:
-            # The engine has opened it for reading, so this does not block; otherwise it would fail with ENXIO.
-            with suppress(OSError):
-                self.stdin_end = Fd(os.open(self.stdin, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC))
-        for end in self._ends():
-            _grow(end)
-        self.unlink()
-
-    def unlink(self) -> None:
-        """Remove the names; the open ends go on working."""
-        for path in (self.stdin, self.stdout, self.stderr):
-            if path:
-                with suppress(FileNotFoundError):
-                    os.unlink(path)
-
-    def close(self) -> None:
-        self.unlink()
-        for end in self._ends():
-            end.close()
-
-
-def _grow(end: Fd) -> None:
-    """Enlarge a pipe. If that is refused (a limit, an old kernel), the pipe is only slower."""
-    import fcntl
-
-    with suppress(OSError):
-        fcntl.fcntl(end, fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
 
 
 class Detached(Exception):
@@ -170,8 +100,9 @@ class Pump:
 
     Args:
         fifos: Connected pipes.
-        wait_fd: Becomes readable when the answer to the Wait call has arrived.
-        ended: Called when *wait_fd* is readable; true once the process has ended.
+        wait_fds: One of them becomes readable when the process may have ended.
+        ended: Whether it has ended; takes in what made one of *wait_fds* readable, and does not wait. It is asked after
+            everything that has been done: what answered *close_stdin* may have brought this answer, too.
         close_stdin: Called once when our standard input ended and everything has been written to the fifo.
         detach_keys: Bytes that, typed on a terminal, end the connection; empty for none.
     """
@@ -180,13 +111,13 @@ class Pump:
         self,
         fifos: Fifos,
         *,
-        wait_fd: int,
+        wait_fds: Sequence[int],
         ended: Callable[[], bool],
         close_stdin: Callable[[], None],
         detach_keys: bytes = b"",
     ) -> None:
         self._fifos = fifos
-        self._wait_fd = wait_fd
+        self._wait_fds = frozenset(wait_fds)
         self._ended = ended
         self._close_stdin = close_stdin
         self._keys = detach_keys
@@ -205,8 +136,7 @@ class Pump:
             OutputGone: The output cannot be written any more.
         """
         poller = select.poll()
-        poller.register(self._wait_fd, select.POLLIN)
-        for fd in self._outputs:
+        for fd in (*self._wait_fds, *self._outputs):
             poller.register(fd, select.POLLIN)
         over = False
         watching: int | None = None
@@ -219,16 +149,16 @@ class Pump:
                     poller.register(to_watch, select.POLLOUT if self._pending else select.POLLIN)
                 watching = to_watch
             for fd, events in poller.poll():
-                if fd == self._wait_fd:
-                    over = self._ended()
-                    if over:
-                        poller.unregister(fd)
-                elif fd in self._outputs:
+                if fd in self._outputs:
                     if not self._copy_output(fd, hung_up=bool(events & select.POLLHUP)):
                         poller.unregister(fd)
                         del self._outputs[fd]
                 elif fd == watching:
                     self._copy_input()
+            if not over and self._ended():
+                over = True
+                for fd in self._wait_fds:
+                    poller.unregister(fd)
 
     def _stdin_watch(self, over: bool) -> int | None:
         """The descriptor to poll for standard input: the fifo while bytes are pending, otherwise fd 0."""

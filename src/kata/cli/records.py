@@ -19,8 +19,7 @@ import os
 import time
 
 from kata import paths, sysio
-from kata.errors import AlreadyExistsError, HostError, JournalError, NotFoundError, UsageError
-from kata.journal import Journal
+from kata.errors import AlreadyExistsError, HostError, JournalError, NotFoundError, StateError, UsageError
 from kata.json_text import dumps, loads
 
 TYPE_CHECKING = False
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from kata.cli.args import Arguments
+    from kata.journal import Journal
 
 CREATED, RUNNING, PAUSED, EXITED = "created", "running", "paused", "exited"
 _RECORD = "container.json"
@@ -110,6 +110,19 @@ class Container:
 
     def running(self) -> bool:
         return self.state()["status"] in (RUNNING, PAUSED)
+
+    def need_running(self) -> dict[str, Any]:
+        """Return the container's state.
+
+        Raises:
+            StateError: It is not running.
+        """
+        state = self.state()
+        if state["status"] not in (RUNNING, PAUSED):
+            raise StateError(
+                f"container {self.name} is not running: it is {state['status']}", f"kata start {self.name}"
+            )
+        return state
 
 
 def engine_alive(state: dict[str, Any]) -> bool:
@@ -207,6 +220,8 @@ class PendingContainer:
     """
 
     def __init__(self, name: str | None, identity: str | None = None) -> None:
+        from kata.journal import Journal
+
         self.id = identity or new_id()
         self.directory = paths.container_dir(self.id)
         paths.make_dirs(_names_dir(), 0o711)
@@ -273,6 +288,7 @@ def remove(container: Container) -> None:
         JournalError: A part of it could not be removed.
     """
     from kata import journal_undo
+    from kata.journal import Journal
 
     failures = journal_undo.undo(Journal.open(os.path.join(container.directory, "journal")))
     if failures:
@@ -334,6 +350,8 @@ def _held(container: Container) -> tuple[Journal, Container]:
         NotFoundError: It is gone.
     """
     import fcntl
+
+    from kata.journal import Journal
 
     gone = NotFoundError(f"container {container.name} is gone", "'kata ps -a' lists them all")
     try:
@@ -426,8 +444,7 @@ def latest() -> Container:
 def named(name: str) -> Container | None:
     """The container with exactly this name, which is not that of a path; None if there is none."""
     try:
-        with open(os.path.join(_names_dir(), name), encoding="ascii") as file:
-            return load(file.read().strip())
+        return load(sysio.read_file(os.path.join(_names_dir(), name)).decode().strip())
     except (FileNotFoundError, ValueError):
         return None
 
@@ -515,6 +532,8 @@ def _is_over(container: Container) -> bool:
         return False
     if engine_alive(container.raw_state()) or os.path.isdir(paths.sandbox_dir(container.id)):
         return False  # an engine is about to start it, or is ending
+    from kata.journal import Journal
+
     try:
         journal = Journal.open(os.path.join(container.directory, "journal"))
     except JournalError:

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import _signal as signal  # type: ignore[import-not-found]  # `signal` makes enumerations, for 3 ms
-import _thread
 import os
 import sys
 import time
 
 from kata import paths, sysio
-from kata.cli import records
-from kata.cli.pump import Detached, Fifos, OutputGone, Pump, RawTerminal
+from kata.cli import attachment, records
+from kata.cli.fifos import Fifos
+from kata.cli.pump import Detached, OutputGone
 from kata.engine.client import EngineClient
-from kata.errors import AgentError, AgentTimeoutError, AlreadyExistsError, KataError, StateError, VMLostError
+from kata.errors import AlreadyExistsError, KataError, StateError, VMLostError
 from kata.suppress import suppress
-from kata.sysio import Fd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from typing import Any
 
     from kata.cli.records import Container
     from kata.engine.launch import Engine
@@ -30,20 +27,6 @@ IDLE_S = 2.0
 """How long (in seconds) an engine stays without a running container and without a connection."""
 SIGNAL_S = 10.0
 """How long (in seconds) to wait until the guest has taken a signal; it is delivered later if the guest is slow."""
-_ENDING = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
-"""Signals that ask a process to end."""
-_MAX_UNANSWERED = 3
-"""The command gives up after this many signals of `_ENDING` that the guest has not taken. Docker's number."""
-_PROXIED = (
-    signal.SIGHUP,
-    signal.SIGINT,
-    signal.SIGQUIT,
-    signal.SIGTERM,
-    signal.SIGUSR1,
-    signal.SIGUSR2,
-    signal.SIGCONT,
-)
-"""Signals that an attached command forwards to the container instead of acting on them, as `docker run` does."""
 
 
 # ---- starting ----
@@ -367,162 +350,6 @@ def booted_for_copy(container: Container) -> Iterator[EngineClient]:
 # ---- attached ----
 
 
-class Attachment:
-    """One process's streams and exit code, connected to this command.
-
-    Args:
-        client: The engine; calls may be made from a second thread.
-        container: The container.
-        exec_id: Id of the process; empty for the container's init.
-        terminal: Whether it has a terminal.
-        stdin: Whether to forward standard input.
-        prefix: File name prefix of this command's fifos, unique in the sandbox.
-    """
-
-    def __init__(
-        self,
-        client: EngineClient,
-        container: Container,
-        *,
-        exec_id: str,
-        terminal: bool,
-        stdin: bool,
-        prefix: str,
-    ) -> None:
-        self._client = client
-        self._container = container
-        self._exec_id = exec_id
-        self._terminal = terminal
-        directory = os.path.join(paths.sandbox_dir(container.id), "io")
-        self.fifos = Fifos(directory, prefix, stdin=stdin, terminal=terminal)
-        self._outcome: list[int | BaseException] = []
-        self._signals_writer: Fd | None = None
-        self._unresponsive: KataError | None = None
-        self._unanswered = 0  # signals of `_ENDING` that the guest has not taken
-
-    def copy(self, *, detach_keys: bytes = b"", proxy_signals: bool = True) -> int:
-        """Copy the streams until the process has ended.
-
-        Args:
-            detach_keys: Bytes that, typed on a terminal, detach; empty for none.
-            proxy_signals: Forward signals to the process.
-
-        Returns:
-            Its exit code.
-
-        Raises:
-            Detached: The user detached; the process goes on.
-            OutputGone: The output cannot be written any more; the process goes on.
-            KataError: The engine or the virtual machine was lost, or the guest takes no signals.
-        """
-        reader, writer = os.pipe()
-        os.set_blocking(reader, False)
-        _thread.start_new_thread(self._wait, (writer,))
-        pump = Pump(
-            self.fifos,
-            wait_fd=reader,
-            ended=self._is_over,
-            close_stdin=self._close_stdin,
-            detach_keys=detach_keys if self._terminal else b"",
-        )
-        before: dict[int, Any] = {}
-        try:
-            if proxy_signals:
-                before = self._proxy_signals(writer)
-            with self._raw_terminal():
-                pump.run()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            if self._signals_writer is not None:
-                self._signals_writer.close()
-            self.fifos.close()
-            # The writing end stays open: a thread may be about to use it, and this command is about to end.
-            os.close(reader)
-        outcome = self._outcome[0]
-        if isinstance(outcome, BaseException):
-            raise outcome
-        return outcome
-
-    def _is_over(self) -> bool:
-        if self._unresponsive is not None:
-            raise self._unresponsive
-        return bool(self._outcome)
-
-    def _wait(self, writer: int) -> None:
-        try:
-            self._outcome.append(self._client.wait(self._container.id, self._exec_id))
-        except BaseException as error:
-            self._outcome.append(self._lost(error))
-        finally:
-            with suppress(OSError):
-                os.write(writer, b"x")
-
-    def _lost(self, error: BaseException) -> BaseException:
-        if not isinstance(error, VMLostError):
-            return error
-        return lost(self._container, self._container.raw_state().get("error") or "its engine was killed")
-
-    def _close_stdin(self) -> None:
-        with suppress(KataError):
-            self._client.close_stdin(self._container.id, self._exec_id)
-
-    def _raw_terminal(self) -> RawTerminal | suppress:
-        return RawTerminal(self._resize) if self._terminal else suppress()
-
-    def _resize(self, rows: int, columns: int) -> None:
-        self._on_new_connection(lambda other: other.resize(self._container.id, rows, columns, self._exec_id))
-
-    def _proxy_signals(self, over: int) -> dict[int, Any]:
-        """Forward signals from now on. Returns the handlers that they had."""
-        reader, writer = os.pipe()
-        self._signals_writer = Fd(writer)
-        _thread.start_new_thread(self._send_signals, (reader, over))
-        return {number: signal.signal(number, self._forward) for number in _PROXIED}
-
-    def _forward(self, number: int, _frame: object) -> None:
-        if number in _ENDING:
-            self._unanswered += 1
-            if self._unanswered >= _MAX_UNANSWERED:
-                raise self._no_answer(number)
-        if self._signals_writer is not None:
-            os.write(self._signals_writer.raw, bytes((number,)))
-
-    def _send_signals(self, reader: int, over: int) -> None:
-        """Send the signals from *reader* to the process, in order. Runs in a thread, since a guest may not answer."""
-        while number := os.read(reader, 1):
-            try:
-                with EngineClient(self._container.socket) as other:
-                    other.kill(self._container.id, number[0], self._exec_id)
-            except AgentError as error:
-                if error.grpc_code != AgentTimeoutError.grpc_code:
-                    self._unanswered = 0  # a refusal is an answer
-                elif number[0] in _ENDING:
-                    self._unresponsive = self._no_answer(number[0])
-                    with suppress(OSError):
-                        os.write(over, b"x")
-            except (KataError, OSError):
-                self._unanswered = 0  # it has ended, or cannot be signalled yet
-            else:
-                self._unanswered = 0
-        os.close(reader)
-
-    def _no_answer(self, number: int) -> KataError:
-        from kata.cli.signals import name_of
-
-        what = f"its command in {self._container.name}" if self._exec_id else self._container.name
-        return KataError(
-            f"the guest of container {self._container.name} does not answer, so {what} was not sent"
-            f" {name_of(number)} and goes on",
-            f"kata kill {self._container.name}, or kata rm -f {self._container.name}, ends it whatever its guest does",
-        )
-
-    def _on_new_connection(self, what: Callable[[EngineClient], object]) -> None:
-        """Make a call on a new connection: a signal handler may have interrupted a call on the existing one."""
-        with suppress(KataError, OSError), EngineClient(self._container.socket) as other:
-            what(other)
-
-
 def run_attached(
     container: Container,
     *,
@@ -552,27 +379,29 @@ def run_attached(
     terminal = bool(container.record["tty"])
     with _rollback_on_failure(container, discard):
         engine, client = _open(container, time.monotonic_ns() if started_ns is None else started_ns)
-        streams = Attachment(client, container, exec_id="", terminal=terminal, stdin=stdin, prefix="main")
+        fifos = Fifos.of_sandbox(container.id, "main", stdin=stdin, terminal=terminal)
         try:
             client.create(
                 container.id,
                 container.directory,
                 terminal=terminal,
-                stdin=streams.fifos.stdin,
-                stdout=streams.fifos.stdout,
-                stderr=streams.fifos.stderr,
+                stdin=fifos.stdin,
+                stdout=fifos.stdout,
+                stderr=fifos.stderr,
             )
-            streams.fifos.connected()
+            fifos.connected()
             make_image_volumes(client, container)
             client.start(container.id)
             engine.release()
             if started:
                 started()
+            running = client.begin_wait(container.id)
         except BaseException:
-            streams.fifos.close()
+            fifos.close()
             client.close()
             engine.release()
             raise
+    streams = attachment.Attachment(client, container, fifos, running, exec_id="", terminal=terminal)
     try:
         status = streams.copy(detach_keys=detach_keys, proxy_signals=proxy_signals)
         if timings:
@@ -588,13 +417,8 @@ def run_attached(
         if not container.running():
             _wait_for_engine(container)
     if cause:
-        raise lost(container, cause)
+        raise attachment.lost(container, cause)
     return status
-
-
-OUTPUT_GONE_S = 3.0
-"""Seconds between the stop signal and SIGKILL for a process whose output has lost its reader: in a pipeline, SIGPIPE
-would have ended it at once."""
 
 
 def _wait_for_engine(container: Container, *, tell: bool = False) -> None:
@@ -623,28 +447,10 @@ def without_output(container: Container, gone: OutputGone, *, ends: bool) -> int
     else:
         what = f"container {container.name} goes on"
         hint = f"kata attach {container.name}, or kata stop {container.name}"
-    say_gone(gone, what, hint)
+    attachment.say_gone(gone, what, hint)
     if ends:
-        stop(container, OUTPUT_GONE_S)
-    return gone_code(gone)
-
-
-def say_gone(gone: OutputGone, what: str, hint: str = "") -> None:
-    """Print to stderr, if that can still be written, what happens to a process whose output is gone.
-
-    Args:
-        gone: Which output, and how it went.
-        what: What becomes of the process, as a clause.
-        hint: What to do; empty for nothing.
-    """
-    with suppress(OSError):
-        sys.stderr.write(f"{gone.sentence}: {what}\n" + (f"hint: {hint}\n" if hint else ""))
-        sys.stderr.flush()
-
-
-def gone_code(gone: OutputGone) -> int:
-    """The exit code of a command whose output is gone."""
-    return 128 + int(signal.SIGPIPE) if isinstance(gone.error, BrokenPipeError) else KataError.exit_code
+        stop(container, attachment.OUTPUT_GONE_S)
+    return attachment.gone_code(gone)
 
 
 def end_of(client: EngineClient, container: Container) -> str:
@@ -668,13 +474,3 @@ def end_of(client: EngineClient, container: Container) -> str:
         sys.stderr.write(f"warning: {facts['disk_error']}\n")
         sys.stderr.flush()
     return str(facts.get("error") or "")
-
-
-def lost(container: Container, cause: str) -> VMLostError:
-    """Make the error for a container whose virtual machine or engine has ended unexpectedly.
-
-    Args:
-        container: The container.
-        cause: Why it ended, as a clause.
-    """
-    return VMLostError(f"container {container.name} was lost: {cause}", "kata doctor checks this machine")

@@ -131,11 +131,10 @@ def _processes(reference: str, columns: str | None, *, as_json: bool) -> int:
     if unknown := [name for name in names if name not in _COLUMNS]:
         raise UsageError(f"-o: there is no column {unknown[0]!r}", "one of: " + ", ".join(_COLUMNS))
     from kata.cli import records
-    from kata.cli.listing import need_running
     from kata.engine.client import EngineClient
 
     container = records.find(reference)
-    need_running(container)
+    container.need_running()
     with EngineClient(container.socket) as engine:
         processes = engine.processes(container.id)
     if as_json:

@@ -27,7 +27,7 @@ from kata.proto import task_pb
 from kata.proto.google_pb import Any as AnyMessage
 from kata.proto.google_pb import Empty
 from kata.ttrpc.status import CANCELLED, ConnectionLost, TtrpcError
-from kata.ttrpc.sync_client import Client, connect
+from kata.ttrpc.sync_client import Call, Client, connect
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -75,6 +75,59 @@ def to_error(error: TtrpcError) -> KataError:
     return AgentError(message, hint, code=error.code)
 
 
+def _exec_request(
+    container_id: str, exec_id: str, process: dict[str, Any], terminal: bool, streams: tuple[str, str, str]
+) -> task_pb.ExecProcessRequest:
+    stdin, stdout, stderr = streams
+    spec = AnyMessage(type_url=PROCESS_TYPE, value=dumps(process).encode())
+    return task_pb.ExecProcessRequest(
+        id=container_id,
+        exec_id=exec_id,
+        terminal=terminal,
+        stdin=stdin,
+        stdout=stdout,
+        stderr=stderr,
+        spec=spec,
+    )
+
+
+class Running:
+    """A process whose end was asked for before it is known: of `EngineClient.run` and `EngineClient.begin_wait`.
+
+    Args:
+        client: The connection; it has to stay open.
+        added, started, ended: The calls that have been begun. None: it runs already.
+    """
+
+    __slots__ = ("_added", "_client", "_ended", "_started")
+
+    def __init__(self, client: EngineClient, added: Call | None, started: Call | None, ended: Call) -> None:
+        self._client = client
+        self._added = added
+        self._started = started
+        self._ended = ended
+
+    def started(self) -> None:
+        """Wait until it runs. All its fifos have been opened then.
+
+        Raises:
+            KataError: As by `EngineClient.exec` and `EngineClient.start`.
+        """
+        if self._added is not None and self._started is not None:
+            self._client.finish(self._added, Empty)
+            self._client.finish(self._started, task_pb.StartResponse)
+
+    def over(self) -> bool:
+        """Whether `status` returns, or raises, at once. The connection's descriptor is readable when that may have
+        changed.
+        """
+        return self._client.look(self._ended)
+
+    def status(self) -> int:
+        """As `EngineClient.wait`."""
+        return self._client.finish(self._ended, task_pb.WaitResponse).exit_status
+
+
 class EngineClient:
     """A connection to one engine.
 
@@ -120,13 +173,16 @@ class EngineClient:
         """Any call of the two services."""
         try:
             return self._client.call(service, method, request, answer, timeout=timeout)
-        except TtrpcError as error:
-            raise to_error(error) from None
-        except ConnectionLost:
-            raise VMLostError(
-                "the container's engine ended while it was being asked",
-                f"its last words may be in {os.path.dirname(self.sock_path)}/engine.log",
-            ) from None
+        except (TtrpcError, ConnectionLost) as error:
+            raise self._explain(error) from None
+
+    def _explain(self, error: TtrpcError | ConnectionLost) -> KataError:
+        if isinstance(error, TtrpcError):
+            return to_error(error)
+        return VMLostError(
+            "the container's engine ended while it was being asked",
+            f"its last words may be in {os.path.dirname(self.sock_path)}/engine.log",
+        )
 
     def _task(self, method: str, request: Message, answer: type[M], timeout: float | None = None) -> M:
         return self.call(TASK, method, request, answer, timeout)
@@ -165,17 +221,63 @@ class EngineClient:
         """Add a process (an OCI process object); `start` runs it. When it returns, all fifos have been
         opened.
         """
-        spec = AnyMessage(type_url=PROCESS_TYPE, value=dumps(process).encode())
-        request = task_pb.ExecProcessRequest(
-            id=container_id,
-            exec_id=exec_id,
-            terminal=terminal,
-            stdin=stdin,
-            stdout=stdout,
-            stderr=stderr,
-            spec=spec,
-        )
+        request = _exec_request(container_id, exec_id, process, terminal, (stdin, stdout, stderr))
         self._task("Exec", request, Empty)
+
+    def run(
+        self,
+        container_id: str,
+        exec_id: str,
+        process: dict[str, Any],
+        *,
+        terminal: bool = False,
+        stdin: str = "",
+        stdout: str = "",
+        stderr: str = "",
+    ) -> Running:
+        """`exec`, `start` and `wait` in one message: returns at once, before any of them is answered."""
+        request = _exec_request(container_id, exec_id, process, terminal, (stdin, stdout, stderr))
+        try:
+            added, started, ended = self._client.begin(
+                (
+                    (TASK, "Exec", request),
+                    (TASK, "Start", task_pb.StartRequest(id=container_id, exec_id=exec_id)),
+                    (TASK, "Wait", task_pb.WaitRequest(id=container_id, exec_id=exec_id)),
+                )
+            )
+        except (TtrpcError, ConnectionLost) as error:
+            raise self._explain(error) from None
+        return Running(self, added, started, ended)
+
+    def begin_wait(self, container_id: str, exec_id: str = "") -> Running:
+        """`wait`, for a process that runs: returns at once."""
+        try:
+            (ended,) = self._client.begin(
+                ((TASK, "Wait", task_pb.WaitRequest(id=container_id, exec_id=exec_id)),)
+            )
+        except ConnectionLost as error:
+            raise self._explain(error) from None
+        return Running(self, None, None, ended)
+
+    def begin_delete(self, container_id: str, exec_id: str) -> None:
+        """`delete` an exec, without waiting for it: the engine forgets it also when this connection has ended.
+        Nothing is raised.
+        """
+        try:
+            self._client.begin(((TASK, "Delete", task_pb.DeleteRequest(id=container_id, exec_id=exec_id)),))
+        except ConnectionLost:
+            pass  # it has ended itself
+
+    def finish(self, call: Call, answer: type[M]) -> M:
+        """The answer to a call that was begun (`Running`)."""
+        try:
+            return self._client.finish(call, answer)
+        except (TtrpcError, ConnectionLost) as error:
+            raise self._explain(error) from None
+
+    def look(self, call: Call) -> bool:
+        """Whether a call that was begun is answered, or never will be. Does not wait."""
+        return self._client.look(call)
 
     def start(self, container_id: str, exec_id: str = "") -> int:
         """Run the init or an exec; its host pid.

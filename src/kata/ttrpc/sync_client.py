@@ -22,20 +22,28 @@ from kata.ttrpc.status import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from kata.ttrpc.messages import Encodable, R, Socket
 
-__all__ = ["Client", "ConnectionLost", "ProtocolError", "TtrpcError", "connect"]
+__all__ = ["Call", "Client", "ConnectionLost", "ProtocolError", "TtrpcError", "connect"]
 
 _CHUNK = 1 << 16
 
 
-class _Call:
-    """One call in flight. `wake` is a lock that stays locked until the call's thread has something to do."""
+class Call:
+    """One call in flight, of `Client.begin`.
 
-    __slots__ = ("response", "wake")
+    Its `wake` is a lock that stays locked until the thread that waits for its answer, if one does, has something to do.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("method", "response", "stream", "waited_for", "wake")
+
+    def __init__(self, stream: int, method: str) -> None:
+        self.stream = stream
+        self.method = method
         self.response: envelope.Response | None = None
+        self.waited_for = False
         self.wake = allocate_lock()
         self.wake.acquire()
 
@@ -70,7 +78,7 @@ class Client:
         self._sock = sock
         self._parser = frame.Parser()
         self._next = 1
-        self._calls: dict[int, _Call] = {}
+        self._calls: dict[int, Call] = {}
         self._abandoned: set[int] = set()
         self._error: ConnectionLost | None = None
         # Protects all attributes above; never held while blocking.
@@ -111,27 +119,78 @@ class Client:
         """
         deadline = None if timeout is None else monotonic() + timeout
         data = encoded(service, method, request, timeout, metadata)
-        stream, call = self._begin(data, deadline, method)
+        return self._finish(self._begin([(method, data)], deadline)[0], response, deadline)
+
+    def begin(self, calls: Iterable[tuple[str, str, Encodable]]) -> list[Call]:
+        """Make calls without waiting for any answer. The server begins with them in this order.
+
+        Args:
+            calls: For each the full name of its service, its method and its request, as for `call`.
+
+        Returns:
+            Each of them, for `finish`.
+
+        Raises:
+            TtrpcError: A request does not fit into a frame; none is made then.
+            ConnectionLost: The connection has ended.
+        """
+        data = [(method, encoded(service, method, request)) for service, method, request in calls]
+        return self._begin(data, None)
+
+    def finish(self, call: Call, response: type[R], timeout: float | None = None) -> R:
+        """Wait for the answer of a call that was begun. Once for each; see `call`.
+
+        Args:
+            call: The call, of `begin`.
+            response: Class of the answer.
+            timeout: Seconds, from now on. None waits as long as the connection lives.
+        """
+        return self._finish(call, response, None if timeout is None else monotonic() + timeout)
+
+    def look(self, call: Call) -> bool:
+        """Whether `finish` would return at once. Takes in what has arrived, unless another thread does, and does not
+        wait for more.
+        """
+        with self._state:
+            if call.response is not None or self._error is not None:
+                return True
+            if self._reading:
+                return False
+            self._reading = True
         try:
-            self._wait(call, deadline, method)
+            self._read()
         finally:
             with self._state:
-                if self._calls.pop(stream, None) is not None:
+                self._reading = False
+                self._next_reader()
+                found = call.response is not None or self._error is not None
+        return found
+
+    def _finish(self, call: Call, response: type[R], deadline: float | None) -> R:
+        try:
+            self._wait(call, deadline)
+        finally:
+            with self._state:
+                if self._calls.pop(call.stream, None) is not None:
                     # Its answer may still arrive, and must not be taken for a protocol error.
-                    self._abandoned.add(stream)
+                    self._abandoned.add(call.stream)
                 if not self._reading:
-                    # Another waiting thread, any of them, has to read now. This applies after a timeout too: this
-                    # thread may just have been chosen as the reader.
-                    for other in self._calls.values():
-                        _wake(other)
-                        break
+                    # This applies after a timeout too: this thread may just have been chosen as the reader.
+                    self._next_reader()
         answer = call.response
         if answer is None:
             raise self._failure()
         try:
-            return decoded(answer, response, method)
+            return decoded(answer, response, call.method)
         except ProtocolError as error:
             raise self._fail(error) from None
+
+    def _next_reader(self) -> None:
+        """Another waiting thread, any of them, has to read now. Called with `_state` locked."""
+        for other in self._calls.values():
+            if other.waited_for:
+                _wake(other)
+                break
 
     def close(self) -> None:
         """End the connection; calls in flight fail with ConnectionLost."""
@@ -149,28 +208,34 @@ class Client:
 
     # ---- writing ----
 
-    def _begin(self, data: bytes, deadline: float | None, method: str) -> tuple[int, _Call]:
-        call = _Call()
+    def _begin(self, requests: list[tuple[str, bytes]], deadline: float | None) -> list[Call]:
+        method = requests[0][0]
         if not self._writing.acquire(timeout=_left(deadline)):
             raise _too_late(method)
+        calls: list[Call] = []
         try:
+            out = b""
             with self._state:
                 if self._error is not None:
                     raise self._failure()
-                stream = self._next
-                self._next += 2
-                self._calls[stream] = call
+                for name, data in requests:
+                    call = Call(self._next, name)
+                    self._next += 2
+                    self._calls[call.stream] = call
+                    calls.append(call)
+                    out += frame.encode(call.stream, frame.REQUEST, data)
             try:
-                self._write(frame.encode(stream, frame.REQUEST, data), deadline, method)
+                self._write(out, deadline, method)
             except BaseException:
                 with self._state:
-                    self._calls.pop(stream, None)
+                    for call in calls:
+                        self._calls.pop(call.stream, None)
                 # Part of a frame may have been sent (also after an interrupt), and nothing can follow that.
                 self._fail(ConnectionLost("a call was cut short while it was sent"))
                 raise
         finally:
             self._writing.release()
-        return stream, call
+        return calls
 
     def _write(self, data: bytes, deadline: float | None, method: str) -> None:
         rest = memoryview(data)
@@ -186,8 +251,9 @@ class Client:
 
     # ---- reading ----
 
-    def _wait(self, call: _Call, deadline: float | None, method: str) -> None:
+    def _wait(self, call: Call, deadline: float | None) -> None:
         """Return when `call` has its response or the connection is lost."""
+        call.waited_for = True
         while True:
             with self._state:
                 if call.response is not None or self._error is not None:
@@ -196,12 +262,12 @@ class Client:
                 self._reading = True
             if not lead:
                 if not call.wake.acquire(timeout=_left(deadline)):
-                    raise _too_late(method)
+                    raise _too_late(call.method)
                 continue
             try:
                 while call.response is None and self._error is None:
                     if not _ready(self._readable, deadline):
-                        raise _too_late(method)
+                        raise _too_late(call.method)
                     self._read()
             finally:
                 with self._state:
@@ -270,7 +336,7 @@ class Client:
         return type(error)(*error.args)
 
 
-def _wake(call: _Call) -> None:
+def _wake(call: Call) -> None:
     # Called with `_state` locked; only the call's own thread acquires this lock.
     if call.wake.locked():
         call.wake.release()
