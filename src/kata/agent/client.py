@@ -55,6 +55,9 @@ CLOCK_CALL_S = 10.0
 """Timeout, in seconds, of a look at the guest's clock: one that took longer says nothing."""
 DIAL_S = 10.0
 """Timeout, in seconds, for opening a further connection; if that fails, the stream uses the shared one."""
+STREAMS = "kata.streams"
+"""Feature of an agent: it offers direct streams (`kata.agent.streams`), and begins with the calls of a connection in
+their order."""
 CONNECTIONS = "kata.streams.connections"
 """Feature of an agent: a stream may have a connection of its own."""
 NULL_STDIN = "kata.stdin.null"
@@ -327,6 +330,14 @@ class AgentClient:
             return None
         self._own.add(client)
         return client
+
+    @property
+    def takes_calls_in_order(self) -> bool:
+        """Whether what is said of a process right behind the call that makes it is taken for that process: the agent
+        begins with calls in their order (an agent with direct streams does), and all of them go over one connection,
+        where none waits for room.
+        """
+        return STREAMS in self.features and CONNECTIONS not in self.features and not self._client.is_full
 
     async def negotiate_features(self) -> None:
         """Ask the agent for its extensions of the protocol and set `features`. An agent that does not answer the

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 
+from kata.agent.client import STREAMS
 from kata.proto import agentext_pb
 from kata.proto.wire import get_varint, put_varint
 from kata.ttrpc.status import ProtocolError
@@ -20,8 +21,7 @@ if TYPE_CHECKING:
     from kata.ttrpc.client import Stream
     from kata.ttrpc.status import ConnectionLost, TtrpcError
 
-FEATURE = "kata.streams"
-"""Feature of an agent (``AgentDetails.extra_features``): it offers direct streams."""
+FEATURE = STREAMS
 SERVICE = "kata.agent.v1.Streams"
 NUMBERS = {"stdin": 0, "stdout": 1, "stderr": 2}
 OUTPUT_WINDOW = 1 << 20

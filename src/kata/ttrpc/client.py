@@ -212,6 +212,11 @@ class Client:
         """Whether the connection has ended."""
         return self._error is not None
 
+    @property
+    def is_full(self) -> bool:
+        """Whether calls wait for room. Otherwise what was called has been written, in the order of the calls."""
+        return bool(self._waiters)
+
     async def wait_closed(self) -> ConnectionLost:
         """Wait for the end of the connection. Returns the reason."""
         await self._ended.wait()

@@ -1,6 +1,7 @@
 """A ttRPC server for asyncio.
 
-Requests run in parallel, each in a task of its own. A handler is a method of a service object::
+Requests run in parallel, each in a task of its own; those of a connection begin in their order, each where the one
+before it has first waited for something. A handler is a method of a service object::
 
     async def Create(self, request: CreateTaskRequest, context: Context) -> CreateTaskResponse: ...
 

@@ -42,9 +42,11 @@ if TYPE_CHECKING:
     from kata.engine.forwarding.sockets import SocketForwardingState
     from kata.engine.lifecycle.resize import MachineResizer
     from kata.engine.standard_streams.stdio import Stdio
+    from kata.engine.standard_streams.streams import ProcessStreams
     from kata.engine.tasks import Tasks
     from kata.engine.timings import Timings
     from kata.journal import Journal
+    from kata.proto import oci_pb
     from kata.proto.codec import Message
     from kata.settings import ClientPolicy, SandboxSettings
 
@@ -358,7 +360,7 @@ class Container:
             await process.streams.ready()
             message = spec.process_message(config)
             try:
-                await agent.exec_process(self.id, process.exec_id, message, no_stdin=has_no_input(process))
+                waiting = await self._make_exec(process, process.streams, message, agent)
             except AgentError as error:
                 what = f"process {process.exec_id!r} of container {self.id!r}"
                 raise spec.explain_size(error, what, {"process": config}) from None
@@ -373,12 +375,40 @@ class Container:
         process.start(self.sandbox.runtime.host_pid if own is None else own.pid)
         if process.streams is not None:
             process.streams.start()
-        process.watcher = asyncio.create_task(self._ends.watch(process, agent))
+        process.watcher = asyncio.create_task(self._ends.watch(process, agent, waiting))
         self.sandbox.publish(
             "/tasks/exec-started",
             events_pb.TaskExecStarted(container_id=self.id, exec_id=process.exec_id, pid=process.pid),
         )
         self.sandbox.tasks.create_task(self._close_unused_stdin(process, agent))
+
+    async def _make_exec(
+        self, process: Process, streams: ProcessStreams, message: oci_pb.Process, agent: AgentClient
+    ) -> asyncio.Future[int] | None:
+        """Have the guest make an exec, and ask for its output and its end right behind that, not a round trip later.
+
+        Returns:
+            The call that waits for its end; None where that has not been made.
+
+        Raises:
+            KataError: The guest has refused; its streams are to be abandoned.
+        """
+        making = asyncio.ensure_future(
+            agent.exec_process(self.id, process.exec_id, message, no_stdin=has_no_input(process))
+        )
+        await asyncio.sleep(0)  # it is written now, unless it waits for room
+        if not agent.takes_calls_in_order:
+            await making
+            return None
+        waiting = asyncio.ensure_future(agent.wait(self.id, process.exec_id))
+        streams.start_outputs()
+        try:
+            await making
+        except BaseException:
+            waiting.add_done_callback(_pass_over)
+            waiting.cancel()
+            raise
+        return waiting
 
     def serve_host_process(self, exec_id: str) -> None:
         """Have the process of the host that stands for the init, or for an exec, pass on what it is signalled with."""
@@ -529,3 +559,9 @@ class Container:
         for process in (self.init, *self.execs.values()):
             if process.streams is not None:
                 process.streams.close()
+
+
+def _pass_over(call: asyncio.Future[int]) -> None:
+    """Take note of the failure of a call that nobody waits for any more."""
+    if not call.cancelled():
+        call.exception()

@@ -81,10 +81,18 @@ class EndOfProcesses:
         self._on_reported = on_reported
         self._oom = asyncio.Event()
 
-    async def watch(self, process: Process, agent: AgentClient) -> None:
-        """Wait for the end of a process and carry out what follows from it."""
+    async def watch(
+        self, process: Process, agent: AgentClient, waiting: Awaitable[int] | None = None
+    ) -> None:
+        """Wait for the end of a process and carry out what follows from it.
+
+        Args:
+            process: The process.
+            agent: The agent that has made it.
+            waiting: `AgentClient.wait` of the process, if that has begun.
+        """
         try:
-            status, error = await agent.wait(self._id, process.exec_id or self._id), ""
+            status, error = await (waiting or agent.wait(self._id, process.exec_id or self._id)), ""
         except KataError as problem:
             # The guest did not say how it ended, so it did not end well.
             if not self._machine.is_lost:

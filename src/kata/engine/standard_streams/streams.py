@@ -420,10 +420,14 @@ class ProcessStreams:
         if self.logger is not None:
             await self.logger.ready()
 
-    def start(self) -> None:
-        """The process runs: begin to carry."""
+    def start_outputs(self) -> None:
+        """The process is being made: begin to carry what it writes."""
         for pump in self.outputs:
             pump.start()
+
+    def start(self) -> None:
+        """The process runs: begin to carry."""
+        self.start_outputs()
         if self.input is not None:
             self.input.start()
 
