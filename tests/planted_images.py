@@ -39,7 +39,6 @@ class Image(NamedTuple):
         scripts: Paths of the scripts that are started.
         more: Further members of the configuration.
         missing: Numbers of layers whose blob is not there.
-        large: It takes seconds to make and to read.
         text: Strings that no report may have.
     """
 
@@ -51,12 +50,15 @@ class Image(NamedTuple):
     scripts: list[str] = []
     more: dict[str, Any] = {}
     missing: tuple[int, ...] = ()
-    large: bool = False
     text: tuple[str, ...] = ()
 
 
 CASES: dict[str, Callable[[], Image]] = {}
 """By name; `cases` has those of all modules."""
+
+
+LARGE = {"a-bomb"}
+"""Those that take seconds to make and to read: cases of ``make inspect-suite`` alone."""
 
 
 def case(function: Callable[[], Image]) -> Callable[[], Image]:
@@ -105,8 +107,8 @@ def raw(*members: bytes) -> bytes:
     return b"".join(members) + END
 
 
-def cases() -> dict[str, Callable[[], Image]]:
-    """All images by name."""
+def cases(*, large: bool = True) -> dict[str, Callable[[], Image]]:
+    """All images by name; without *large*, those that take seconds are left out."""
     for module in ("planted_contents", "planted_archives", "planted_packages", "planted_programs"):
         importlib.import_module(module)
-    return CASES
+    return {name: make for name, make in CASES.items() if large or name not in LARGE}

@@ -33,11 +33,9 @@ def inspected(directory: Path, *layouts: Path) -> tuple[dict[str, Any], list[han
     return inspect_schema.parse(done.stdout, len(chosen)), chosen
 
 
-@pytest.mark.parametrize("name", planted_images.cases())
+@pytest.mark.parametrize("name", planted_images.cases(large=False))
 def test_what_was_planted_is_found_and_nothing_else(tmp_path: Path, name: str) -> None:
     image = planted_images.cases()[name]()
-    if image.large:
-        pytest.skip("it takes seconds: a case of make inspect-suite")
     content, [chosen] = inspected(tmp_path, planted_images.write(image, tmp_path / "layout"))
     [found] = content["images"]
     assert Counter((one["kind"], one["path"]) for one in found["findings"]) == Counter(image.findings)

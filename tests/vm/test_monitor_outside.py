@@ -14,9 +14,9 @@ import pytest
 import scripted_monitor
 from conftest import Kata
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    pass
+from kata.errors import UnsupportedError
+from kata.hypervisor.base import Attachments, Nic
+from kata.sysio import Fd
 
 pytestmark = [pytest.mark.skipif(os.geteuid() != 0, reason="needs root"), pytest.mark.timeout(600)]
 
@@ -95,3 +95,18 @@ def test_the_monitor_of_the_tests_is_the_interpreters_own() -> None:
         check=True,
     )
     assert b'"kata"' in done.stdout
+
+
+def test_a_monitor_that_saves_nothing_restores_nothing() -> None:
+    """By name, and what it was given for it is closed."""
+    monitor = scripted_monitor.MONITOR
+    assert not monitor.capabilities("tcg", {}).snapshot
+    reading, writing = os.pipe()
+    os.close(writing)
+    tap = Fd(reading)
+    attachments = Attachments(sandbox_id="x", run_dir="/", nics=[Nic("02:00:00:00:00:01", tap_fd=tap)])
+    made: Any = None  # no journal: nothing may be made
+    with pytest.raises(UnsupportedError, match=f"^{monitor.title} cannot restore .*/no/such") as refused:
+        monitor.restore("/no/such", attachments, made)
+    assert refused.value.hint
+    assert not tap.is_open

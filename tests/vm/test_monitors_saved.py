@@ -8,16 +8,13 @@ import hashlib
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 from agent_support import spec, storages
 from hypervisor_lab import Lab, agent_of, lab_fixture, right_clock, said_by  # noqa: F401 - a fixture
 from waiting import PATIENCE
 
-from kata import sysio
-from kata.errors import HypervisorError, KataError, UnsupportedError
-from kata.hypervisor.base import Attachments, Nic
+from kata.errors import HypervisorError, KataError
 from kata.proto import agent_pb, oci_pb
 
 TYPE_CHECKING = False
@@ -151,18 +148,3 @@ def test_clones_share_what_was_saved_and_cannot_change_it(lab: Lab) -> None:
         assert content() == before
 
     lab.apart(scenario)
-
-
-def test_a_monitor_that_saves_nothing_restores_nothing(lab: Lab) -> None:
-    """By name, and what it was given for it is closed."""
-    if lab.can().snapshot:
-        pytest.skip(f"{lab.monitor.title} can save and restore a machine")
-    reading, writing = os.pipe()
-    os.close(writing)
-    tap = sysio.Fd(reading)
-    attachments = Attachments(sandbox_id="x", run_dir="/", nics=[Nic("02:00:00:00:00:01", tap_fd=tap)])
-    made: Any = None  # no journal: nothing may be made
-    with pytest.raises(UnsupportedError, match=f"^{lab.monitor.title} cannot restore .*/no/such") as refused:
-        lab.monitor.restore("/no/such", attachments, made)
-    assert refused.value.hint
-    assert not tap.is_open
