@@ -22,7 +22,7 @@ from agent_double import AgentDouble, MachineDouble
 
 from kata.engine.client import EngineClient
 from kata.engine.containers.records import read_json
-from kata.engine.lifecycle import boot
+from kata.engine.lifecycle.booted_machine import BootedMachine
 from kata.engine.lifecycle.machine_runtime import MachineRuntime
 from kata.engine.lifecycle.sandbox import Sandbox
 from kata.engine.services import sandbox_service, task_service
@@ -47,7 +47,7 @@ class DoubledSandbox(Sandbox):
 
     runtime: DoubledRuntime
 
-    def _make_runtime(self, machine: boot.Machine) -> MachineRuntime:
+    def _make_runtime(self, machine: BootedMachine) -> MachineRuntime:
         return DoubledRuntime(
             *(self.id, self.run_dir, self.journal, machine, self.tasks),
             on_oom=self._out_of_memory,
@@ -88,7 +88,7 @@ class Engine:
     async def _serve(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.double = AgentDouble()
-        machine = boot.Machine()
+        machine = BootedMachine()
         machine.started_ns = 1
         machine.started = SimpleNamespace(
             disk_addresses=["05", "06"], nic_addresses=["09"], share_tag="", extra_memory_mib=0

@@ -12,6 +12,7 @@ import sandbox_support
 
 from kata import journal_undo, sysio
 from kata.engine.lifecycle import boot, first_calls, volumes
+from kata.engine.lifecycle.booted_machine import BootedMachine
 from kata.errors import HostError, KataError, UnsupportedError
 from kata.hypervisor import registry, virtiofsd
 from kata.hypervisor.base import Capabilities
@@ -192,7 +193,7 @@ class Channel:
 def test_a_clone_has_its_first_calls_before_its_engine_waits_for_answers(tmp_path: Path) -> None:
     settings = sandbox_support.sandbox("x", str(tmp_path), kernel="/k", initrd="/i", accel="tcg")
     settings.hostname, settings.resolv_conf = "name", ["nameserver 1.2.3.4"]
-    machine = boot.Machine()
+    machine = BootedMachine()
     channel = Channel()
     machine.started = cast(Any, channel)
     first_calls.give(machine, settings)
@@ -209,7 +210,7 @@ def test_a_clone_has_its_first_calls_before_its_engine_waits_for_answers(tmp_pat
     assert (wanted.sandbox_id, wanted.hostname, list(wanted.dns)) == ("x", "name", ["nameserver 1.2.3.4"])
     # Where there is no channel yet, or the calls have to tell of a trace, nothing is said.
     for place, traced in ((Channel(is_there=False), False), (Channel(), True)):
-        other = boot.Machine()
+        other = BootedMachine()
         other.started = cast(Any, place)
         settings.described().tracing = cast(Any, object()) if traced else None
         first_calls.give(other, settings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kata.engine.lifecycle.boot import Machine
+from kata.engine.lifecycle.booted_machine import BootedMachine
 from kata.engine.timings import Timings
 
 
@@ -15,7 +15,7 @@ def test_timings_are_relative_and_sorted() -> None:
 
 
 def test_parts_stand_below_their_step_and_are_no_steps() -> None:
-    machine = Machine()
+    machine = BootedMachine()
     machine.ready_ns = 160
     machine.steps = [
         ("plan_network", 110, 120),

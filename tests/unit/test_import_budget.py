@@ -31,7 +31,11 @@ OURS_BEFORE_THE_VM = {
         "kata.engine.launch",
         "kata.engine.main",
     ),
-    *("kata.engine.lifecycle.boot_slots", "kata.engine.lifecycle.volumes"),
+    *(
+        "kata.engine.lifecycle.boot_slots",
+        "kata.engine.lifecycle.booted_machine",
+        "kata.engine.lifecycle.volumes",
+    ),
     *("kata.hypervisor", "kata.hypervisor.base", "kata.hypervisor.registry", "kata.hypervisor.tsc"),
     *("kata.hypervisor.qemu", "kata.hypervisor.qemu.command", "kata.hypervisor.qemu.monitor"),
     *("kata.hypervisor.process", "kata.hypervisor.root", "kata.hypervisor.qemu.process"),

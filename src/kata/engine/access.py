@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from typing import Any, Protocol, TypeVar
 
     from kata.agent.client import AgentClient
-    from kata.engine.lifecycle.boot import Machine as BootedMachine
+    from kata.engine.lifecycle.booted_machine import BootedMachine
     from kata.engine.lifecycle.volumes import Share
     from kata.engine.standard_streams.logger import Logger
     from kata.errors import KataError

@@ -12,6 +12,7 @@ import time
 
 from kata.engine.launch import LIFETIME_FD, LISTEN_FD, SETTINGS_FD, Lease
 from kata.engine.lifecycle import boot
+from kata.engine.lifecycle.booted_machine import BootedMachine
 from kata.errors import KataError
 from kata.journal import FILE_NAME, Journal
 from kata.settings import SandboxSettings
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from typing import Any
 
     from kata.engine.factory.waiting_machine import Waiting
-    from kata.engine.lifecycle.boot import Machine
     from kata.engine.lifecycle.sandbox import Sandbox
     from kata.engine.services.events import Publisher
     from kata.engine.services.trace import SandboxTrace
@@ -64,7 +64,7 @@ def main(*, forked: bool = False) -> int:
         return 1
     journal = Journal.attach(os.path.join(run_dir, FILE_NAME))
     journal.set_owner(os.getpid())
-    machine = boot.Machine()
+    machine = BootedMachine()
     failed: KataError | None = None
     if settings.machine is not None:  # otherwise CreateSandbox describes it, and starts it
         try:
@@ -103,7 +103,7 @@ async def serve_with(run_dir: str, plain: dict[str, Any], waiting: Waiting, ente
 
     lease = Lease()
     failed: KataError | None = None
-    machine = boot.Machine()
+    machine = BootedMachine()
     try:
         if lease.look() == Lease.BROKEN:
             waiting.discard()
@@ -136,7 +136,7 @@ async def _serve(
     settings: SandboxSettings,
     run_dir: str,
     journal: Journal,
-    machine: Machine,
+    machine: BootedMachine,
     failed: KataError | None,
     lease: Lease,
     times_ns: tuple[int, int],

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Any
 
-    from kata.engine.lifecycle.boot import Machine
+    from kata.engine.lifecycle.booted_machine import BootedMachine
 
 
 class Timings:
@@ -55,7 +55,7 @@ class Timings:
         self.add_part("engine", "fork" if forked else "interpreter", launched_ns, entered_ns)
         self.not_forked = not_forked
 
-    def took(self, machine: Machine) -> None:
+    def took(self, machine: BootedMachine) -> None:
         """Take over what was recorded while the machine was started (`kata.engine.lifecycle.boot`)."""
         self.path = machine.start_path
         self.reason = "; ".join(filter(None, (machine.start_reason, machine.disk_reason, self.not_forked)))

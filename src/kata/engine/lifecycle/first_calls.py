@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from kata.ttrpc.messages import Encodable
 
     class Machine(Protocol):
-        """What of a machine decides on its guest; see `kata.engine.lifecycle.boot.Machine`."""
+        """What of a machine decides on its guest; see `kata.engine.lifecycle.booted_machine.BootedMachine`."""
 
         started: Started | None
         share: Share | None

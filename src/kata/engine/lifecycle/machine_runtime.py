@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from typing import TypeVar
 
     from kata.agent.client import CallSpan, Dial
-    from kata.engine.lifecycle.boot import Machine
+    from kata.engine.lifecycle.booted_machine import BootedMachine
     from kata.engine.tasks import Tasks
     from kata.errors import GuestProtocolError
     from kata.hypervisor import protocols
@@ -82,7 +82,7 @@ class MachineRuntime:
         sandbox_id: str,
         run_dir: str,
         journal: Journal,
-        machine: Machine,
+        machine: BootedMachine,
         tasks: Tasks,
         *,
         on_oom: Callable[[str], None],

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from kata.engine.containers.process import Process
     from kata.engine.containers.snapshot_root import LayerDisks
     from kata.engine.forwarding.sockets import SocketForwardingState
-    from kata.engine.lifecycle.boot import Machine
+    from kata.engine.lifecycle.booted_machine import BootedMachine
     from kata.engine.lifecycle.sandbox_state import Lifecycle
     from kata.engine.lifecycle.volumes import Share
     from kata.engine.services.trace import SandboxTrace
@@ -68,7 +68,7 @@ class Sandbox:
         settings: SandboxSettings,
         run_dir: str,
         journal: Journal,
-        machine: Machine,
+        machine: BootedMachine,
         failed: KataError | None,
         publish: Callable[[str, Message], None] | None = None,
     ) -> None:
@@ -118,7 +118,7 @@ class Sandbox:
             return False
         return self._is_discarded or (own is not None and own.auto_remove)
 
-    def _make_runtime(self, machine: Machine) -> MachineRuntime:
+    def _make_runtime(self, machine: BootedMachine) -> MachineRuntime:
         return MachineRuntime(
             self.id,
             self.run_dir,
@@ -437,7 +437,7 @@ class Sandbox:
         return self.life.ended
 
     @property
-    def machine(self) -> Machine:
+    def machine(self) -> BootedMachine:
         """What the boot has made."""
         return self.runtime.machine
 
