@@ -17,7 +17,7 @@ import pytest
 
 from kata.cli import client, client_containerd, client_crio, client_docker, client_podman
 from kata.cli.main import main
-from kata.errors import AlreadyExistsError, ConfigError, HostError
+from kata.errors import AlreadyExistsError, ConfigError, HostError, KataError
 
 ROOT = Path(__file__).resolve().parents[2]
 DEBIAN = """\
@@ -271,7 +271,7 @@ def test_dockers_file_without_its_backup_means_the_same_again(tmp_path: Path, te
 def test_what_dockers_file_refuses(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "daemon.json"
     path.write_bytes(text.encode("latin-1"))
-    with pytest.raises(Exception, match=words):
+    with pytest.raises(KataError, match=words):
         client_docker.install(str(path))
 
 
@@ -283,7 +283,7 @@ def test_a_directory_is_no_file(tmp_path: Path) -> None:
 def _dockerd() -> bool:
     try:
         client_docker.daemon()
-    except Exception:
+    except HostError:
         return False
     return True
 

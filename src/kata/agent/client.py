@@ -374,9 +374,6 @@ class AgentClient:
     async def create_sandbox(self, request: agent_pb.CreateSandboxRequest) -> None:
         await self._empty("CreateSandbox", request, CREATE_S)
 
-    async def destroy_sandbox(self, timeout_s: float = CALL_S) -> None:
-        await self._empty("DestroySandbox", agent_pb.DestroySandboxRequest(), timeout_s)
-
     async def set_time(self, now_ns: int) -> None:
         """Set the guest's clock to *now_ns*, nanoseconds since the epoch."""
         request = agent_pb.SetGuestDateTimeRequest(Sec=now_ns // 10**9, Usec=now_ns % 10**9 // 1000)

@@ -17,7 +17,7 @@ import os
 import stat
 
 from kata import mount_table, pci_driver
-from kata.errors import HostError, NotFoundError, StateError, UnsupportedError, UsageError
+from kata.errors import HostError, NotFoundError, StateError, UnsupportedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -192,51 +192,6 @@ def group(number: int, sys: str = _SYS) -> Group:
         )
     addresses = sorted(os.listdir(f"{sys}/kernel/iommu_groups/{number}/devices"))
     return Group(number, [_member(f"{sys}/bus/pci/devices/{address}", address) for address in addresses])
-
-
-def group_of(address: str, sys: str = _SYS) -> Group:
-    """The group of a PCI device.
-
-    Args:
-        address: ``0000:3b:00.0``, or ``3b:00.0`` in the first domain.
-        sys: Where sysfs is mounted.
-
-    Raises:
-        UsageError: It is no PCI address.
-        NotFoundError: There is no such device.
-        HostError: This host has no IOMMU, it is off, or the device is behind none.
-    """
-    address = parse(address)
-    device = f"{sys}/bus/pci/devices/{address}"
-    if not os.path.isdir(device):
-        raise NotFoundError(
-            f"there is no PCI device {address} on this host", "lspci -D shows those that there are"
-        )
-    try:
-        number = int(os.path.basename(os.readlink(f"{device}/iommu_group")))
-    except (OSError, ValueError):
-        raise HostError(
-            f"the PCI device {address} is behind no IOMMU: this host has none, or it is off", _NO_IOMMU
-        ) from None
-    return group(number, sys)
-
-
-def parse(address: str) -> str:
-    """A PCI address with its domain, in lower case.
-
-    Raises:
-        UsageError: It is none.
-    """
-    words = address.lower().split(":")
-    if len(words) == 2:
-        words.insert(0, "0000")
-    slot, _, function = words[-1].partition(".")
-    parts = [*words[:-1], slot, function]
-    if [len(part) for part in parts] != [4, 2, 2, 1] or any(
-        digit not in "0123456789abcdef" for part in parts for digit in part
-    ):
-        raise UsageError(f"{address!r} is no PCI address", "It looks like 0000:3b:00.0.")
-    return ":".join(words)
 
 
 def require(wanted: Group) -> None:

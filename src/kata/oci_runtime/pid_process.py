@@ -31,7 +31,7 @@ ADOPTED, LET_GO = b".", b"!"
 SIGCHLD, SIGWINCH, SIGKILL, SIGSTOP = 17, 28, 9, 19
 _OWN = frozenset({SIGKILL, SIGSTOP, SIGCHLD, 4, 7, 8, 11})
 """Not passed on: what cannot be caught, what is the kernel's word about this process itself."""
-_POLLIN, _GONE = select.POLLIN, select.POLLHUP | select.POLLERR
+_POLLIN = select.POLLIN
 
 
 def _catch() -> int:

@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from kata.engine.tasks import Tasks
     from kata.journal import Entry, Journal
 
-SCHEME = "handover://"
-"""In the place of a path for the standard input: what follows is the path of a process's socket."""
 HANDOVER_S = 10.0
 """How long the process may take to hand its streams over, in seconds."""
 FRAME = struct.Struct("=cHH")

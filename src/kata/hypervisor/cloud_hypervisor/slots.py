@@ -18,8 +18,3 @@ SHARE_TAG = "kataShared"
 def path(number: int) -> str:
     """The agent protocol's name of a device on the root bus: ``"0a"``."""
     return f"{number:02x}"
-
-
-def bdf(number: int) -> str:
-    """Cloud Hypervisor's name of it: ``"0000:00:0a.0"``."""
-    return f"0000:00:{number:02x}.0"
