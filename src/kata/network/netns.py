@@ -5,7 +5,8 @@ The engine and the hypervisor run in that namespace, but for the hypervisor of a
 is made at the start, even if the namespace has no interface yet. tc redirects all traffic between a tap and an
 interface of the namespace in both directions, below the namespace's own IP stack. So the guest gets the interface's
 hardware address, addresses, MTU, routes and permanent neighbours, and any kind of Ethernet interface works. A tap is
-not persistent: it disappears with the hypervisor, however that ends.
+not persistent: it disappears with the hypervisor, however that ends. In a namespace of the engine's own it stays until
+the engine ends, too (`NetnsPlan.close_taps`).
 
 Interfaces may appear only after the machine has started (Docker 26 and newer, `ctr run --cni`); `rescan` finds them.
 The first one uses the slot that every machine has. Further ones are hot-plugged into ports, which a machine has if its
@@ -127,27 +128,26 @@ class SpareTap:
     """The tap of a machine that waits for a sandbox, in a network namespace of its own. Making one moves this thread
     there; before there is any other.
 
-    Args:
-        mac: Hardware address with which the guest's interface is started.
-
     Attributes:
         namespace: The namespace.
         fd: The tap's descriptor, which the hypervisor takes.
+        held: Another one of the same tap, which a plan may take.
 
     Raises:
         HostError: It cannot be made.
     """
 
-    __slots__ = ("_rtnl", "fd", "namespace")
+    __slots__ = ("_rtnl", "fd", "held", "namespace")
 
-    def __init__(self, mac: str) -> None:
+    def __init__(self) -> None:
         try:
             sysio.unshare(sysio.CLONE_NEWNET)
         except OSError as error:
             raise HostError(f"cannot make a network namespace: {error.strerror}", "Run as root.") from error
         self.namespace = sysio.Fd(os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC))
         self._rtnl = rtnetlink.Rtnl()
-        self.fd = Redirected(0, mac).fd
+        self.fd = sysio.Fd(make_tap(TAP.format(0), _FIRST_INDEX))
+        self.held = sysio.Fd(os.dup(self.fd.raw))
 
     def bring_here(self, mac: str, *, moves: bool) -> Redirected:
         """The endpoint of a machine that is there already, in this thread's network namespace.
@@ -177,8 +177,8 @@ class SpareTap:
 
     def close(self) -> None:
         """Let go of the namespace, which ends with the last thing in it."""
-        if self.fd is not None:
-            self.fd.close()
+        self.fd.close()
+        self.held.close()
         self._rtnl.close()
         self.namespace.close()
 
@@ -214,6 +214,7 @@ class NetnsPlan(NetworkPlan):
         self._most_nics = 0
         self.spare: SpareTap | None = None
         """The tap of a machine that is there already. Set before `setup_nics`."""
+        self._held: list[sysio.Fd] = []
         self.endpoints: list[Endpoint] = []
         self._pending_hotplugs: list[Endpoint] = []
         self.routing = []
@@ -239,8 +240,9 @@ class NetnsPlan(NetworkPlan):
                 mac = found[index].mac if found else self.mac
                 if self.spare is not None and index == 0:
                     self.endpoints.append(self.spare.bring_here(mac, moves=bool(self.path)))
+                    self._hold(self.spare.held)
                 else:
-                    self.endpoints.append(Redirected(index, mac))
+                    self.endpoints.append(self._tap(index, mac))
             self.rescan()
         except BaseException:
             self.close_taps()
@@ -251,7 +253,14 @@ class NetnsPlan(NetworkPlan):
         return [Nic(endpoint.mac, tap_fd=endpoint.fd) for endpoint in self.endpoints]
 
     def close_taps(self) -> None:
-        """Close the taps whose descriptors were not taken."""
+        """Close the taps whose descriptors were not taken, and those that are held.
+
+        The last to close a tap waits until nothing in the kernel still reads the device, 37 to 53 ms on a busy machine.
+        It is not to be the hypervisor, for whose end clients wait. So in a namespace of its own, which nobody looks
+        into and no other machine comes to, the engine holds the tap as well, until it ends itself.
+        """
+        while self._held:
+            self._held.pop().close()
         for endpoint in self.endpoints:
             if endpoint.fd is not None:
                 endpoint.fd.close()
@@ -418,11 +427,21 @@ class NetnsPlan(NetworkPlan):
 
     def _late(self, mac: str) -> Redirected:
         """Make a further endpoint, for a hotplug port of the machine."""
-        endpoint = Redirected(len(self.endpoints), mac)
+        endpoint = self._tap(len(self.endpoints), mac)
         self.hotplug_nics -= 1
         self.endpoints.append(endpoint)
         self._pending_hotplugs.append(endpoint)
         return endpoint
+
+    def _tap(self, index: int, mac: str) -> Redirected:
+        endpoint = Redirected(index, mac)
+        if endpoint.fd is not None:
+            self._hold(endpoint.fd)
+        return endpoint
+
+    def _hold(self, tap: sysio.Fd) -> None:
+        if not self.path:
+            self._held.append(sysio.Fd(os.dup(tap.raw)))
 
     def describe(self, rtnl: rtnetlink.Rtnl) -> None:
         """Set the attributes that describe the network to the guest: interfaces, routes, neighbours, names."""

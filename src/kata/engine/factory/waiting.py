@@ -207,7 +207,7 @@ class Keeper:
         if self.shape.taps:
             from kata.network.netns import SpareTap
 
-            around.spare = SpareTap(nics[0].mac)
+            around.spare = SpareTap()
             nics[0].tap_fd = around.spare.fd
         if file_server is not None:
             from kata.hypervisor.virtiofsd import FileServer
