@@ -10,18 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+from cli_state import state_fixture  # noqa: F401 - a fixture
 from waiting import PATIENCE, until
 
 from kata.cli import build, main
 from kata.errors import HostError
-
-
-@pytest.fixture(autouse=True)
-def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("KATA_STATE_DIR", str(tmp_path / "s"))
-    monkeypatch.setenv("KATA_RUN_DIR", str(tmp_path / "r"))
-    monkeypatch.setattr("os.geteuid", lambda: 0)
-    return tmp_path / "s"
 
 
 def test_without_a_builder_it_says_what_to_install(

@@ -10,9 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from cli_state import outcome, state_fixture  # noqa: F401 - a fixture
 
 from kata import paths
-from kata.cli import main, mounts, records, volumes
+from kata.cli import mounts, records, volumes
 from kata.errors import StateError, UsageError
 from kata.journal import Journal
 
@@ -22,18 +23,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(autouse=True)
-def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("KATA_STATE_DIR", str(tmp_path / "s"))
-    monkeypatch.setenv("KATA_RUN_DIR", str(tmp_path / "r"))
-    monkeypatch.setattr("os.geteuid", lambda: 0)
-    return tmp_path / "s"
-
-
 def said(capsys: pytest.CaptureFixture[str], *words: str, status: int = 0) -> str:
-    assert main.main(["volume", *words]) == status
-    out = capsys.readouterr()
-    return out.out if status == 0 else out.err
+    return outcome(capsys, "volume", *words, status=status)
 
 
 def with_volume(container: str, volume: str) -> records.Container:

@@ -11,25 +11,16 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from cli_state import outcome, state_fixture  # noqa: F401 - a fixture
 
 from kata import paths
-from kata.cli import main, networks, records, subnets
+from kata.cli import networks, records, subnets
 from kata.errors import StateError, UsageError
 from kata.network import members, own_names, resolver
 
 
-@pytest.fixture(autouse=True)
-def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("KATA_STATE_DIR", str(tmp_path / "s"))
-    monkeypatch.setenv("KATA_RUN_DIR", str(tmp_path / "r"))
-    monkeypatch.setattr("os.geteuid", lambda: 0)
-    return tmp_path / "s"
-
-
 def said(capsys: pytest.CaptureFixture[str], *words: str, status: int = 0) -> str:
-    assert main.main(["network", *words]) == status
-    out = capsys.readouterr()
-    return out.out if status == 0 else out.err
+    return outcome(capsys, "network", *words, status=status)
 
 
 def with_place(container: str, network: str, address: str = "") -> records.Container:

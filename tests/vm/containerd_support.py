@@ -392,3 +392,17 @@ class Events:
         self._process.terminate()
         self._process.wait(10)
         self._file.close()
+
+
+@pytest.fixture(name="daemon", scope="module")
+def daemon_fixture(run_directory: Path, guest_assets: Path, busybox_image: str) -> Iterator[Containerd]:
+    """One containerd for the tests of a module."""
+    with running(run_directory, guest_assets, busybox_image) as one:
+        yield one
+
+
+@pytest.fixture(name="_clean", autouse=True)
+def clean_fixture(daemon: Containerd) -> Iterator[None]:
+    """A test that failed leaves nothing to its next try, or to the tests after it."""
+    yield
+    clean(daemon)

@@ -4,32 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from cli_support import vm_pid
 from conftest import Kata
-from containerd_support import Containerd, clean, running
+from containerd_support import Containerd, clean_fixture, daemon_fixture  # noqa: F401 - fixtures
 from otlp_support import Collector
 from waiting import until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 PREFIX = "io.katacontainers.config"
-
-
-@pytest.fixture(scope="module")
-def daemon(run_directory: Path, guest_assets: Path, busybox_image: str) -> Iterator[Containerd]:
-    with running(run_directory, guest_assets, busybox_image) as one:
-        yield one
-
-
-@pytest.fixture(autouse=True)
-def _clean(daemon: Containerd) -> Iterator[None]:
-    yield
-    clean(daemon)
 
 
 def test_containerds_config_path_and_annotations(daemon: Containerd) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from containerd_support import IMAGE, RUNTIME, Containerd, Events, clean, running
+from containerd_support import IMAGE, RUNTIME, Containerd, Events, clean_fixture, daemon_fixture  # noqa: F401 - fixtures
 from management_support import curl
 from waiting import until
 
@@ -27,18 +27,6 @@ from kata.hypervisor import accel
 KINDS = ("prestart", "createRuntime", "createContainer", "poststart", "poststop")
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
-
-
-@pytest.fixture(scope="module")
-def daemon(run_directory: Path, guest_assets: Path, busybox_image: str) -> Iterator[Containerd]:
-    with running(run_directory, guest_assets, busybox_image) as one:
-        yield one
-
-
-@pytest.fixture(autouse=True)
-def _clean(daemon: Containerd) -> Iterator[None]:
-    yield
-    clean(daemon)
 
 
 def test_run_prints_and_passes_the_code_on(daemon: Containerd) -> None:

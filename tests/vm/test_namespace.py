@@ -15,8 +15,8 @@ from typing import Any
 
 import netlab
 import pytest
-from containerd_support import Containerd
-from test_containerd import daemon, wired  # noqa: F401 - fixtures
+from containerd_support import Containerd, daemon_fixture  # noqa: F401 - a fixture
+from test_containerd import wired  # noqa: F401 - a fixture
 from waiting import until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")

@@ -6,11 +6,10 @@ import os
 import shutil
 import stat
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from containerd_support import IMAGE, RUNTIME, Containerd, clean, running
+from containerd_support import IMAGE, RUNTIME, Containerd, clean_fixture, daemon_fixture  # noqa: F401 - fixtures
 from waiting import until
 
 from kata import sysio
@@ -33,18 +32,6 @@ mkdir -p /many; i=0; while [ $i -lt 300 ]; do echo $i >/many/$i; i=$((i+1)); don
 dd if=/dev/zero of=/hole bs=1 count=1 seek=100000000 2>/dev/null
 awk '$2 == "/" {print $1, $3}' /proc/mounts
 """
-
-
-@pytest.fixture(scope="module")
-def daemon(run_directory: Path, guest_assets: Path, busybox_image: str) -> Iterator[Containerd]:
-    with running(run_directory, guest_assets, busybox_image) as one:
-        yield one
-
-
-@pytest.fixture(autouse=True)
-def _clean(daemon: Containerd) -> Iterator[None]:
-    yield
-    clean(daemon)
 
 
 def upper_of(daemon: Containerd, name: str) -> Path:

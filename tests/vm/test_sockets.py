@@ -5,29 +5,15 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import Kata
-from containerd_support import IMAGE, RUNTIME, Containerd, clean, running
+from containerd_support import IMAGE, RUNTIME, Containerd, clean_fixture, daemon_fixture  # noqa: F401 - fixtures
 from socket_support import Service, answer, client
 from waiting import PATIENCE, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
-
-
-@pytest.fixture(scope="module")
-def daemon(run_directory: Path, guest_assets: Path, busybox_image: str) -> Iterator[Containerd]:
-    with running(run_directory, guest_assets, busybox_image) as one:
-        yield one
-
-
-@pytest.fixture(autouse=True)
-def _clean(daemon: Containerd) -> Iterator[None]:
-    """A test that failed leaves nothing to its next try, or to the tests after it."""
-    yield
-    clean(daemon)
 
 
 def _mounts(source: Path, programs: Path, *options: str) -> tuple[str, ...]:
