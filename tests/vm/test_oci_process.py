@@ -8,6 +8,7 @@ import os
 import struct
 import subprocess
 import termios
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -131,3 +132,37 @@ def test_who_waits_is_the_other_end_of_a_terminal(runtime: Runtime) -> None:
     refused = runtime.call("run", "--detach", "--bundle", str(bundle), "own")
     assert refused.returncode == 1
     assert b"--console-socket" in refused.stderr
+
+
+def test_streams_are_what_the_caller_has_given(runtime: Runtime) -> None:
+    """Files, and pipes: what nobody reads holds the process up, and the end of its input comes after the last byte."""
+    given, taken = runtime.directory / "given", runtime.directory / "taken"
+    content = b"".join(b"%d\n" % number for number in range(60_000))
+    given.write_bytes(content)
+    bundle = runtime.bundle("files", "sh", "-c", "cat; echo end >&2; exit 6")
+    with given.open("rb") as stdin, taken.open("wb") as out:
+        options = ("run", "--bundle", str(bundle), "files")
+        done = runtime.call(*options, stdin=stdin, capture_output=False, stdout=out, stderr=out)
+    assert (done.returncode, taken.read_bytes()) == (6, content + b"end\n")
+
+    size = 16_000_000
+    script = f"head -c {size} /dev/zero; touch /dev/shm/written; cat; exit 8"
+    bundle = runtime.bundle("pipes", "sh", "-c", script)
+    with subprocess.Popen(
+        [PROGRAM, "run", "--bundle", str(bundle), "pipes"],
+        env=runtime.env,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as run:
+        assert run.stdin is not None
+        assert run.stdout is not None
+        first = run.stdout.read(1)
+        time.sleep(3)
+        held_up = runtime.call("exec", "pipes", "test", "-e", "/dev/shm/written")
+        assert (held_up.returncode, held_up.stderr) == (1, b"")
+        assert first + run.stdout.read(size - 1) == bytes(size)
+        run.stdin.write(content[:60_000])
+        run.stdin.close()
+        assert run.stdout.read() == content[:60_000]
+        assert run.wait(PATIENCE) == 8
+    assert runtime.left() == []
