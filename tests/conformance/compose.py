@@ -24,6 +24,7 @@ from pathlib import Path
 import images
 import marked_page
 from podman_support import Podman
+from scripts import write_script
 from test_docker import Docker
 from waiting import PATIENCE
 
@@ -216,10 +217,7 @@ def _podman(
     try:
         one.start(f"docker-archive:{archive}")
         # podman-compose starts `podman` by name, and one that is not told where its files are would use the host's.
-        script = directory / "bin/podman"
-        exports = "".join(f"export {name}='{value}'\n" for name, value in one.env.items())
-        script.write_text(f'#!/bin/sh\n{exports}exec {" ".join(one.command)} "$@"\n')
-        script.chmod(0o755)
+        write_script(directory / "bin/podman", one.command, one.env)
         env = {**one.env, "PYTHONPATH": str(PODMAN_COMPOSE), "PATH": f"{directory}/bin:{one.env['PATH']}"}
         yield [sys.executable, "-m", "podman_compose"], env, one.around
     finally:

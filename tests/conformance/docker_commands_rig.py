@@ -6,7 +6,6 @@ Each client answers to the name ``docker``: a script in a directory of its own, 
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 import subprocess
 import tempfile
@@ -18,6 +17,7 @@ from pathlib import Path
 import images
 from conftest import Kata
 from podman_support import UNPACKED, Podman
+from scripts import write_script
 from test_docker import PROGRAMS, Docker
 from waiting import until
 
@@ -106,14 +106,12 @@ class Rig:
         for client, (command, env) in commands.items():
             place = self.directory / "bin" / client
             place.mkdir(parents=True)
-            exports = "".join(
-                f"export {name}={shlex.quote(value)}\n"
+            given = {
+                name: value
                 for name, value in env.items()
                 if name != "HOME" and (name.startswith("KATA_") or os.environ.get(name) != value)
-            )
-            script = place / "docker"
-            script.write_text(f'#!/bin/sh\n{exports}exec {shlex.join(command)} "$@"\n')
-            script.chmod(0o755)
+            }
+            write_script(place / "docker", command, given)
             (self.directory / "home" / client).mkdir(parents=True)
             done = self.type(client, f"docker load -i {archive}", self.directory)
             assert done.code == 0, f"{client}: {done.err}"

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from podman_support import IMAGE, ROOT, Podman
 from podman_support import running as podman_running
+from scripts import write_script
 from systemd_support import GENERATORS, Systemd
 from systemd_support import running as systemd_running
 from waiting import until
@@ -57,10 +58,7 @@ def podman(guest_assets: Path, busybox_image: str) -> Iterator[Podman]:
         with podman_running(directory, guest_assets, busybox_image, BASE) as one:
             # What comes without a terminal's environment: its own, and no network namespace of the tests.
             one.command = [one.program, "--tmpdir", str(directory / "t")]
-            exports = "".join(f"export {name}='{value}'\n" for name, value in one.env.items())
-            script = directory / "bin/podman"
-            script.write_text(f'#!/bin/sh\n{exports}exec {" ".join(one.command)} "$@"\n')
-            script.chmod(0o755)
+            write_script(directory / "bin/podman", one.command, one.env)
             yield one
     finally:
         shutil.rmtree(directory, ignore_errors=True)
@@ -76,11 +74,8 @@ def systemd(podman: Podman, run_directory: Path) -> Iterator[Systemd]:
         (units / "ends.container").write_text(ENDS)
         GENERATORS.mkdir(parents=True, exist_ok=True)
         program = GENERATORS / "podman-system-generator"
-        program.write_text(
-            f"#!/bin/sh\nexport QUADLET_UNIT_DIRS={units} PODMAN={podman.directory}/bin/podman\n"
-            f'exec {GENERATOR} "$@"\n'
-        )
-        program.chmod(0o755)
+        given = {"QUADLET_UNIT_DIRS": units, "PODMAN": podman.directory / "bin/podman"}
+        write_script(program, [GENERATOR], given)
         try:
             one.call("systemctl", "daemon-reload")
             yield one

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from scripts import write_script
 from waiting import PATIENCE, until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,16 +103,16 @@ class Podman:
             },
             **environment,
         }
-        exports = "".join(f"export {name}='{value}'\n" for name, value in kata.items())
-        self._script("kata-runtime", f"{exports}exec {program}")
-        self._script("runc", f"exec {shutil.which('runc', path=self.env['PATH'])}")
-        crun = f"exec {shutil.which('crun', path=self.env['PATH'])}"
+        write_script(runtimes / "kata-runtime", [program], kata)
+        for name in ("runc", "crun"):
+            write_script(runtimes / name, [shutil.which(name, path=self.env["PATH"])], {})
         if (_HYBRID / "cgroup.controllers").exists() and (
             _HYBRID / "cgroup.controllers"
         ).read_text().strip():
             # crun knows no host whose version 2 has controllers beside those of version 1.
-            crun = f"exec unshare --mount --propagation slave sh -c 'umount {_HYBRID}; {crun} \"$@\"' crun"
-        self._script("crun", crun)
+            alone = f'umount {_HYBRID}; exec {shutil.which("crun", path=self.env["PATH"])} "$@"'
+            unshare = ["unshare", "--mount", "--propagation", "slave"]
+            write_script(runtimes / "crun", [*unshare, "sh", "-c", alone, "crun"], {})
         names = {"runc": "runc", "crun": "crun", "kata": "kata-runtime"}
         listed = "".join(f'{name} = ["{runtimes / file}"]\n' for name, file in names.items())
         limits = [
@@ -145,11 +146,6 @@ firewall_driver = "iptables"
             f'[storage]\ndriver = "overlay"\ngraphroot = "{directory}/st"\nrunroot = "{directory}/ru"\n'
         )
         (directory / "registries.conf").write_text("unqualified-search-registries = []\n")
-
-    def _script(self, name: str, text: str) -> None:
-        path = self.directory / "bin" / name
-        path.write_text(f'#!/bin/sh\n{text} "$@"\n')
-        path.chmod(0o755)
 
     def start(self, image: str) -> None:
         """Make the network namespace, and give podman an image of busybox.

@@ -18,6 +18,7 @@ from pathlib import Path
 import podman_support
 import pytest
 from conftest import ROOT
+from scripts import write_script
 from waiting import PATIENCE, until
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, which becomes another user")
@@ -68,11 +69,8 @@ class Podman:
     def _write(self, binaries: str, guest: Path) -> None:
         configuration = self.home / ".config/containers"
         runtime = self.home / ".config/kata-runtime"
-        runtime.write_text(
-            f"#!/bin/sh\nexport KATA_GUEST_DIR='{guest}' KATA_TEMPLATES=off\n"
-            f'exec {ROOT}/src/kata/oci_runtime/__main__.py "$@"\n'
-        )
-        runtime.chmod(0o755)
+        program = ROOT / "src/kata/oci_runtime/__main__.py"
+        write_script(runtime, [program], {"KATA_GUEST_DIR": guest, "KATA_TEMPLATES": "off"})
         helpers = [str(self.base / where) for where in ("usr/lib/podman", "usr/libexec/podman")]
         (configuration / "containers.conf").write_text(
             f"""\
