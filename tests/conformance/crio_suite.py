@@ -20,7 +20,7 @@ import critest
 import images
 import page
 from cni_support import write_network
-from crio_support import CONMON, PROGRAMS, Crio, lacks
+from crio_support import Crio, lacks, runc_handler, version
 from oci_suite import STATE, Result, asked, written
 from rig import NAMES, PORT, ROOT, Registry
 
@@ -39,29 +39,9 @@ REASONS = {
     "streaming interfaces runtime should support portforward [Conformance]": (
         'CRI-O does nothing for type "vm"; type "oci" has it.'
     ),
-    "should support ContainerPID": "runc's is an error of our shim, the default runtime here: it says nothing of runc.",
-    "should support HostPID": (
-        "A guest has a kernel of its own: the host's namespaces are refused by name before anything is made."
-        " runc's is an error of our shim, the default runtime here: it says nothing of runc."
-    ),
     "Image Identifier Consistency": "With CRI-O an image has another name in each registry, with any runtime.",
 }
 """Part of a test's name -> why it does not pass, where that is CRI-O's."""
-
-# Where root may not lower scores of the OOM killer, as in many containers, runc fails by the one that CRI-O wants for
-# pods. containerd has an option for that (restrict_oom_score_adj).
-_RUNC = """\
-#!/bin/sh
-set -e
-for word; do
-    if [ "$last" = --bundle ]; then
-        jq 'del(.process.oomScoreAdj)' "$word/config.json" >"$word/changed"
-        mv "$word/changed" "$word/config.json"
-    fi
-    last=$word
-done
-exec {runc} "$@"
-"""
 
 
 @contextmanager
@@ -86,23 +66,12 @@ def running(guest: Path) -> Iterator[Crio]:
             for name in NAMES
         )
     )
-    runc = directory / "runc-here"
-    runc.write_text(_RUNC.format(runc=shutil.which("runc")))
-    runc.chmod(0o755)
-    handler = f"""\
-[crio.runtime.runtimes.runc]
-runtime_type = "oci"
-runtime_path = "{runc}"
-runtime_root = "{directory}/runc"
-monitor_path = "{CONMON}"
-monitor_cgroup = "pod"
-"""
     busybox, pause = ROOT / "build/images/busybox", directory / "pause"
     # A SIGTERM that a process 1 gets before it has a handler is lost, and CRI-O then waits as long as its caller does.
     # Some tests leave a pod less time than an emulated guest takes from the start of a program to its main function.
     waits = {"Cmd": ["/bin/busybox", "tail", "-f", "/dev/null"], "StopSignal": "SIGKILL"}
     images.write(images.Image(waits), busybox, pause)
-    crio = Crio(directory, guest, busybox, networks, pause, handler)
+    crio = Crio(directory, guest, busybox, networks, pause, runc_handler(directory))
     crio.env["HOME"] = str(directory / "home")
     crio.env.pop("XDG_CONFIG_HOME", None)
     registry = Registry(directory, crio.around)
@@ -186,13 +155,13 @@ def section(found: Mapping[tuple[str, str], Result], versions: str) -> list[str]
     return [*lines, ""]
 
 
-def _versions(crio: Path) -> str:
+def _versions() -> str:
     def said(*command: str | Path) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     return (
         f"critest {said(CRITEST, '-version').split('critest version: ')[-1].split()[0]},"
-        f" CRI-O {said(crio, '--version').split()[2]}, runc {said('runc', '--version').split()[2]}, kata {__version__}."
+        f" CRI-O {version()}, runc {said('runc', '--version').split()[2]}, kata {__version__}."
     )
 
 
@@ -215,7 +184,12 @@ def main() -> int:
     if todo:
         with running(Path(os.environ["KATA_GUEST_DIR"])) as crio:
             for number, (test, handler) in enumerate(todo):
-                if crio.crashed:
+                if handler != crio.default_runtime:
+                    # Some tests ask for no runtime, whatever critest was told.
+                    crio.stop()
+                    crio.default_runtime = handler
+                    crio.start()
+                elif crio.crashed:
                     crio.start()
                 done = critest.run(CRITEST, test, handler, crio.endpoint, crio.around, STATE)
                 record.add(test, handler, Result(done.outcome, (done.message,), done.seconds))
@@ -226,7 +200,7 @@ def main() -> int:
                 if done.outcome == "failed":
                     print("    " + done.message[:300].replace("\n", "\n    "), flush=True)
     found = {key: result for key, result in record.found.items() if key[0] in tests}
-    return written(page.CRIO, section(found, _versions(PROGRAMS / "crio")), unexplained(found))
+    return written(page.CRIO, section(found, _versions()), unexplained(found))
 
 
 if __name__ == "__main__":

@@ -13,12 +13,29 @@ from pathlib import Path
 
 from cni_support import PLUGINS, write_network
 from containerd_support import ROOT, with_command
+from scripts import write_script
 from waiting import PATIENCE, until
 
 PROGRAMS = ROOT / "build/programs/crio"
 CONMON = shutil.which("conmon") or ROOT / "build/programs/podman/usr/bin/conmon"
 BUSYBOX = "localhost/busybox:latest"
 PAUSE = "localhost/pause:latest"
+
+
+# Where root may not lower scores of the OOM killer, as in many containers, runc fails by the one that CRI-O wants for
+# pods. containerd has an option for that (restrict_oom_score_adj).
+_RUNC = """\
+#!/bin/sh
+set -e
+for word; do
+    if [ "$last" = --bundle ]; then
+        jq 'del(.process.oomScoreAdj)' "$word/config.json" >"$word/changed"
+        mv "$word/changed" "$word/config.json"
+    fi
+    last=$word
+done
+exec {runc} "$@"
+"""
 
 
 def lacks() -> str:
@@ -31,6 +48,31 @@ def lacks() -> str:
     return ""
 
 
+def version() -> str:
+    """What CRI-O calls itself."""
+    said = subprocess.run([PROGRAMS / "crio", "--version"], capture_output=True, text=True, check=True)
+    return said.stdout.split()[2]
+
+
+def runc_handler(directory: Path) -> str:
+    """The lines of a configuration that make runc a runtime beside ours.
+
+    Args:
+        directory: Takes its program and what it keeps.
+    """
+    program = directory / "runc-here"
+    program.write_text(_RUNC.format(runc=shutil.which("runc")))
+    program.chmod(0o755)
+    return f"""\
+[crio.runtime.runtimes.runc]
+runtime_type = "oci"
+runtime_path = "{program}"
+runtime_root = "{directory}/runc"
+monitor_path = "{CONMON}"
+monitor_cgroup = "pod"
+"""
+
+
 class Crio:
     """The daemon, in a network namespace of its own, and crictl.
 
@@ -41,6 +83,11 @@ class Crio:
         networks: The directory of its networks' configuration; its own without one.
         pause: An OCI layout of what a pod has as its first process; one of busybox's without it.
         more: Further lines of its configuration.
+
+    Attributes:
+        env: The daemon's environment.
+        around: What is to be put before a command that has to see its network.
+        default_runtime: What pods are made by that ask for no runtime, from the daemon's next start on.
     """
 
     def __init__(
@@ -58,6 +105,7 @@ class Crio:
         self.netns = f"ko{os.getpid()}"
         self.endpoint = f"unix://{directory}/c.sock"
         self.around = ["nsenter", f"--net=/run/netns/{self.netns}"]
+        self.default_runtime = "kata"
         self.env = {
             **os.environ,
             "KATA_RUN_DIR": str(self.run_dir),
@@ -87,11 +135,8 @@ class Crio:
         shim.symlink_to(ROOT / "src/kata/__main__.py")
         # conmon calls a runtime without the daemon's environment.
         runtime = directory / "bin/kata-runtime"
-        exports = "".join(
-            f"export {name}='{value}'\n" for name, value in self.env.items() if name.startswith("KATA_")
-        )
-        runtime.write_text(f'#!/bin/sh\n{exports}exec {ROOT}/src/kata/oci_runtime/__main__.py "$@"\n')
-        runtime.chmod(0o755)
+        given = {name: value for name, value in self.env.items() if name.startswith("KATA_")}
+        write_script(runtime, [ROOT / "src/kata/oci_runtime/__main__.py"], given)
         (directory / "crio.conf").write_text(
             f"""\
 [crio]
@@ -107,7 +152,6 @@ listen = "{directory}/c.sock"
 stream_address = "127.0.0.1"
 stream_port = "0"
 [crio.runtime]
-default_runtime = "kata"
 cgroup_manager = "cgroupfs"
 conmon_cgroup = "pod"
 # CRI-O 1.34 makes them by nft.
@@ -157,6 +201,8 @@ enable_nri = false
                     str(self.directory / "crio.conf"),
                     "--config-dir",
                     "",
+                    "--default-runtime",
+                    self.default_runtime,
                 ],
                 env=self.env,
                 stdin=subprocess.DEVNULL,
