@@ -5,6 +5,7 @@ The server is `kata.engine.services.management`; the paths that it answers are a
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
 import socket
@@ -21,10 +22,15 @@ from kata.errors import (
     UsageError,
 )
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 MAX_ANSWER = 16 << 20
 """Bytes of an answer that are taken in at most."""
 TIMEOUT_S = 30.0
 _PIECE = 1 << 16
+_MAX_HEAD = 1 << 13
 _ERRORS: dict[int, type[KataError]] = {
     400: UsageError,
     404: NotFoundError,
@@ -67,7 +73,7 @@ def request(
     """
     give_up = time.monotonic() + timeout_s
     connection = _Connection(path, timeout_s)
-    try:
+    with _explained(path, target, timeout_s), contextlib.closing(connection):
         headers = {"Connection": "close"}
         if body is not None:
             headers["Content-Type"] = "application/octet-stream"
@@ -81,6 +87,13 @@ def request(
             if time.monotonic() > give_up:
                 raise TimeoutError
         return answer.status, {name.lower(): value for name, value in answer.getheaders()}, bytes(found)
+
+
+@contextlib.contextmanager
+def _explained(path: str, target: str, timeout_s: float) -> Iterator[None]:
+    """Make errors of a conversation those of `request`."""
+    try:
+        yield
     except FileNotFoundError:
         raise NotFoundError(f"no engine is running at {path}", "kata ps") from None
     except TimeoutError:
@@ -94,8 +107,6 @@ def request(
         raise HostError(f"cannot reach the engine at {path}: {error.strerror or error}", "kata gc") from None
     except http.client.HTTPException as error:
         raise HostError(f"the answer from {path} is not HTTP: {error!r}") from None
-    finally:
-        connection.close()
 
 
 def get(path: str, target: str, timeout_s: float = TIMEOUT_S) -> tuple[int, dict[str, str], bytes]:
@@ -112,5 +123,52 @@ def content(path: str, method: str, target: str, body: bytes | None = None) -> b
     status, _, found = request(path, method, target, body)
     if status == 200:
         return found
-    message, _, hint = found.decode("utf-8", "replace").rstrip("\n").partition("\nhint: ")
-    raise _ERRORS.get(status, KataError)(message or f"the engine answered {target} with {status}", hint)
+    raise _error(status, target, found)
+
+
+def _error(status: int, target: str, content: bytes) -> KataError:
+    message, _, hint = content.decode("utf-8", "replace").rstrip("\n").partition("\nhint: ")
+    return _ERRORS.get(status, KataError)(message or f"the engine answered {target} with {status}", hint)
+
+
+def take_over(path: str, target: str, protocol: str) -> socket.socket:
+    """Ask an engine to go on in another protocol.
+
+    Args:
+        path: Its management socket, of any length.
+        target: What is asked for, by POST.
+        protocol: What is spoken on the connection from then on.
+
+    Returns:
+        The connection, which blocks without end.
+
+    Raises:
+        KataError: What the engine says otherwise; and see `request`.
+    """
+    connection = _Connection(path, TIMEOUT_S)
+    with _explained(path, target, TIMEOUT_S):
+        connection.connect()
+        sock: socket.socket = connection.sock
+        try:
+            headers = f"Host: sandbox\r\nConnection: Upgrade\r\nUpgrade: {protocol}\r\nContent-Length: 0\r\n"
+            sock.sendall(f"POST {target} HTTP/1.1\r\n{headers}\r\n".encode())
+            head = bytearray()
+            while not head.endswith(b"\r\n\r\n"):
+                # Byte by byte: what follows belongs to the other protocol.
+                byte = sock.recv(1)
+                if not byte or len(head) >= _MAX_HEAD:
+                    raise http.client.BadStatusLine(bytes(head[:80]).decode("latin-1"))
+                head += byte
+            words = head.split(b" ", 2)
+            status = int(words[1]) if len(words) > 2 and words[1].isdigit() else 0
+            if status != http.client.SWITCHING_PROTOCOLS:
+                sock.shutdown(socket.SHUT_WR)
+                found = bytearray()
+                while (piece := sock.recv(_PIECE)) and len(found) < _MAX_HEAD:
+                    found += piece
+                raise _error(status, target, bytes(found))
+            sock.settimeout(None)
+        except BaseException:
+            sock.close()
+            raise
+        return sock

@@ -63,6 +63,19 @@ def test_an_archive_that_could_not_run_is_not_made(objects: dict[str, str], miss
         extension.pack("iptables", {name: path for name, path in objects.items() if name != missing})
 
 
+def test_the_shell_needs_nothing(tmp_path: Path, objects: dict[str, str]) -> None:
+    program = tmp_path / "busybox"
+    subprocess.run(
+        ["gcc", "-x", "c", "-", "-o", program, "-nostdlib", "-static", "-Wl,-e,main"],
+        input=b"int main(void) { return 0; }",
+        check=True,
+    )
+    assert names(extension.pack_shell({"busybox": str(program)})) == {"debug", "debug/sh"}
+    for files in ({}, {"busybox": objects["xtables-nft-multi"]}, {"busybox": __file__}):
+        with pytest.raises(GuestAssetError, match="no busybox that needs no libraries"):
+            extension.pack_shell(files)
+
+
 def test_what_there_is_no_extension_for_is_said() -> None:
     with pytest.raises(GuestAssetError, match="no guest extension 'emacs'"):
         extension.build("emacs", Silent())

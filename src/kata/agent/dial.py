@@ -23,6 +23,7 @@ SERVICE = "kata.agent.v1.Dial"
 SOCKETS_FEATURE = "kata.sockets"
 """Feature of an agent: it can listen at sockets in the guest."""
 SOCKETS = "kata.agent.v1.Sockets"
+DEBUG = "kata.agent.v1.Debug"
 INTERNET_FEATURE = "kata.internet"
 """Feature of an agent: both services take Internet addresses."""
 SOCKET_WINDOW = 1 << 18
@@ -88,6 +89,19 @@ async def dial(agent: AgentClient, port: int, address: bytes = b"") -> Connectio
     """
     first = agentext_pb.StreamPiece(port=port, credit=OUTPUT_WINDOW, address=address)
     return await _opened(agent, SERVICE, "Tcp", first, Pieces(OUTPUT_WINDOW))
+
+
+async def console(agent: AgentClient) -> Connection:
+    """Begin a shell of the guest on a terminal of its own; the first `Connection.read` reports a failure.
+
+    Args:
+        agent: The agent; its kernel has ``agent.debug_console`` as a parameter.
+
+    Raises:
+        KataError: See `AgentClient`.
+    """
+    first = agentext_pb.StreamPiece(credit=OUTPUT_WINDOW)
+    return await _opened(agent, DEBUG, "Console", first, Pieces(OUTPUT_WINDOW))
 
 
 async def _opened(

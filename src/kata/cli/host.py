@@ -50,7 +50,8 @@ COMMANDS = {
             Option("--kernel", "small|distro|auto", "'small': own configuration, takes minutes to build, boots fast;"
                    " 'distro': Debian's package, ready in seconds; 'auto': small if it is built already (auto)"),
             Option("--extension", "NAME", "also build an archive of further programs, for guests of sandboxes for which"
-                   " KATA_GUEST_EXTENSIONS names it: 'iptables', for GetIPTables and SetIPTables", many=True),
+                   " KATA_GUEST_EXTENSIONS names it: 'iptables', for GetIPTables and SetIPTables; 'shell', which"
+                   " debug_console_enabled asks for by itself", many=True),
             Option("--force", "", "rebuild what exists already"),
             _JSON,
         ],

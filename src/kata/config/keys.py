@@ -405,8 +405,8 @@ _ALL = [
     Key(_H, "factory", TABLE, "", _OWN_FACTORY, IDLE),
     # ---- [agent.kata] ----
     Key(_A, "enable_debug", BOOL, "false", "the agent writes its debug messages to the console's log"),
-    Key(_A, "debug_console_enabled", BOOL, "false", "whoever reaches the agent may have a shell of the guest"
-        " (the method `kata.agent.v1.Debug/Console`; under KVM also vsock port 1026)"),
+    Key(_A, "debug_console_enabled", BOOL, "false", "`kata-runtime exec SANDBOX` is a shell of the"
+        " guest, once `kata guest build --extension shell` has made one (under KVM also vsock port 1026)"),
     Key(_A, "dial_timeout", INT, "60", "seconds that a guest may take to answer", least=1, most=86400),
     Key(_A, "reconnect_timeout_ms", INT, "60000", "the same in milliseconds, as the Rust runtime has it", least=1000,
         most=86_400_000),

@@ -160,6 +160,12 @@ def _guest(conf: Configuration) -> tuple[GuestSettings, str]:
     else:
         built = manifest.installed()
         guest, kind = GuestSettings(kernel=built.kernel, initrd=built.initrd), built.kernel_kind
+        if (
+            conf.get("agent.debug_console_enabled")
+            and manifest.SHELL not in names
+            and built.has_extension(manifest.SHELL)
+        ):
+            names.append(manifest.SHELL)
         guest.extensions = [built.extension(name) for name in names]
         guest.kernel_version = built.kernel_version
         guest.bounces = built.bounces

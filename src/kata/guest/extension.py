@@ -4,7 +4,9 @@ Linux unpacks archives that follow one another into the same initial root file s
 below ``/ext/<name>`` there, with the libraries that they need, as a root directory of its own: the agent keeps that
 directory and runs the programs in it.
 
-There is one, ``iptables``: the programs behind GetIPTables and SetIPTables, from Debian's packages.
+``iptables`` is the programs behind GetIPTables and SetIPTables. ``shell`` is the debug console's shell, and a root
+directory of its own is what it does not have: the agent takes what is in ``/debug`` into the guest's own ``/bin``. Both
+are made of Debian's packages.
 """
 
 from __future__ import annotations
@@ -18,11 +20,16 @@ from kata import paths
 from kata.errors import GuestAssetError
 from kata.guest import packages
 from kata.guest.cpio import Archive
+from kata.guest.manifest import SHELL
 from kata.guest.progress import Progress
 
-NAMES = ("iptables",)
+NAMES = ("iptables", SHELL)
 
-_PACKAGES = ("iptables", "libxtables12", "libmnl0", "libnftnl11", "libc6")
+_PACKAGES = {
+    "iptables": ("iptables", "libxtables12", "libmnl0", "libnftnl11", "libc6"),
+    SHELL: ("busybox-static",),
+}
+_BUSYBOX = "busybox"
 _PROGRAM = "xtables-nft-multi"
 _COMMANDS = ("iptables-save", "iptables-restore", "ip6tables-save", "ip6tables-restore")
 LOADER = "ld-linux-x86-64.so.2"
@@ -71,9 +78,11 @@ def build(name: str, progress: Progress) -> Extension:
     sources = {}
     work = os.path.join(paths.cache_dir(), f"extension-{name}.{os.getpid()}")
     try:
-        for package in map(packages.describe, _PACKAGES):
+        for package in map(packages.describe, _PACKAGES[name]):
             packages.unpack(packages.fetch(package, progress.note), work)
             sources[package.name] = package.version
+        if name == SHELL:
+            return Extension(name, pack_shell(files_below(work, _BUSYBOX)), sources)
         return Extension(name, pack(name, files_below(work, _PROGRAM)), sources)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -147,6 +156,30 @@ def pack(name: str, files: dict[str, str]) -> bytes:
             archive.file(f"{root}/{_LIBRARIES}/{below}{file}", contents[file])
     for command in _COMMANDS:
         archive.symlink(f"{root}/usr/sbin/{command}", _PROGRAM)
+    return archive.finish()
+
+
+def pack_shell(files: dict[str, str]) -> bytes:
+    """Make the archive of the debug console's shell: busybox, whose shell runs its other programs by their names.
+
+    Args:
+        files: Path by file name, from `files_below`.
+
+    Returns:
+        The archive.
+
+    Raises:
+        GuestAssetError: There is no busybox, or it needs libraries, which the guest has not.
+    """
+    data = b""
+    if _BUSYBOX in files:
+        with open(files[_BUSYBOX], "rb") as file:
+            data = file.read()
+    if not data.startswith(b"\x7fELF") or needed(data):
+        raise GuestAssetError(f"Debian's package holds no {_BUSYBOX} that needs no libraries")
+    archive = Archive()
+    archive.directory("debug")
+    archive.file("debug/sh", data, 0o755)
     return archive.finish()
 
 

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from typing import Any
 
 
+SHELL = "shell"
+"""The extension (see `kata.guest.extension`) that has the debug console's shell."""
+
+
 class Guest:
     """The guest of a directory.
 
@@ -57,6 +61,10 @@ class Guest:
         self.kernel_version: str = kernel["version"]
         self.agent_version: str = initrd["agent_version"]
         self.bounces = BOUNCE_PATCH in kernel.get("patches", ())
+
+    def has_extension(self, name: str) -> bool:
+        """Whether the guest was built with an extension."""
+        return name in self.content.get("extensions", {})
 
     def extension(self, name: str) -> str:
         """Path of an extension (see `kata.guest.extension`) that was built with the guest.

@@ -94,10 +94,10 @@ COMMANDS = {
         ],
         most=None,
         interspersed=False,
-        notes="In the original, 'exec' with a sandbox's id and no command is a shell of the guest, its debug\n"
-        "console. Here it is about containers alone: 'exec -t ID sh' is a shell of one, and without a command\n"
-        "the error names the command for a sandbox of another client. The guest has no shell; where your own\n"
-        "initrd has one, it is on vsock port 1026 (with KVM, and 'debug_console_enabled' in [agent.kata]).",
+        notes="Without a command, ID may be that of any sandbox, and it is the debug console: a shell of the guest,\n"
+        "as in the original. A guest has one when its sandbox was made with 'debug_console_enabled = true' in\n"
+        "[agent.kata], after 'kata guest build --extension shell'; otherwise the error names the command that is\n"
+        "a shell of the container. The status is 0, and the window's size is not passed on ('stty cols 200').",
     ),
     "state": _command("state", "ID", "Shows the state of a container, as JSON."),
     "kill": _command(

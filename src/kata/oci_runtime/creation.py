@@ -360,7 +360,7 @@ def _exec(arguments: Arguments, options: GlobalOptions) -> int:
     if len(arguments.rest) == 1 and not arguments.value("process"):
         from kata.oci_runtime import debug_console
 
-        raise debug_console.refusal(options.state_root, arguments.rest[0])
+        return debug_console.run(options.state_root, arguments.rest[0])
     record = records.require(options.state_root, arguments.rest[0])
     _refuse(arguments)
     if arguments.flag("ignore_paused"):  # as with runc, whose process is in the frozen cgroup meanwhile

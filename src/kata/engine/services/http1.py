@@ -44,6 +44,7 @@ _DIGITS = frozenset("0123456789")
 TEXT = "text/plain; charset=utf-8"
 
 REASONS = {
+    101: "Switching Protocols",
     200: "OK",
     400: "Bad Request",
     403: "Forbidden",
@@ -54,6 +55,7 @@ REASONS = {
     413: "Content Too Large",
     414: "URI Too Long",
     417: "Expectation Failed",
+    426: "Upgrade Required",
     431: "Request Header Fields Too Large",
     500: "Internal Server Error",
     501: "Not Implemented",
@@ -134,9 +136,10 @@ class Response:
         content_type: What that is.
         status: The status.
         headers: Further headers.
+        takes_over: Of status 101: has the connection from the answer on, and returns when it is to be closed.
     """
 
-    __slots__ = ("body", "content_type", "headers", "status")
+    __slots__ = ("body", "content_type", "headers", "status", "takes_over")
 
     def __init__(
         self,
@@ -144,11 +147,13 @@ class Response:
         content_type: str = TEXT,
         status: int = 200,
         headers: dict[str, str] | None = None,
+        takes_over: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]] | None = None,
     ) -> None:
         self.body = body
         self.content_type = content_type
         self.status = status
         self.headers = headers or {}
+        self.takes_over = takes_over
 
     def encode(self, *, head_only: bool, keep_alive: bool) -> bytes:
         """As it is sent.
@@ -157,6 +162,10 @@ class Response:
             head_only: It answers a HEAD request.
             keep_alive: The connection stays.
         """
+        if self.takes_over is not None:  # such an answer has no content (RFC 9110, 15.2)
+            lines = [f"HTTP/1.1 {self.status} {REASONS[self.status]}"]
+            lines += [f"{name}: {value}" for name, value in self.headers.items()]
+            return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
         lines = [
             f"HTTP/1.1 {self.status} {REASONS.get(self.status, 'Unknown')}",
             f"Date: {time.strftime('%a, %d %b %Y %H:%M:%S GMT', time.gmtime())}",
@@ -425,6 +434,9 @@ class HttpServer:
         writer.write(response.encode(head_only=head_only, keep_alive=keep))
         async with asyncio.timeout(CLIENT_S):
             await writer.drain()
+        if response.takes_over is not None:
+            await response.takes_over(reader, writer)
+            return False
         return keep
 
     async def _read(

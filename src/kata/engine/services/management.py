@@ -111,6 +111,24 @@ class Management:
         except OSError as error:
             raise HttpError(500, f"{path} cannot be read: {error.strerror}") from None
 
+    async def _debug_console(self, request: Request) -> Response:
+        from kata.engine.services import debug_console
+
+        if debug_console.PROTOCOL not in request.lists("upgrade"):
+            raise HttpError(426, "this is a terminal, not a document", {"Upgrade": debug_console.PROTOCOL})
+        described = self._sandbox.settings.machine
+        if described is None:
+            raise HttpError(503, "there is no machine yet")
+        debug_console.check(described.guest)
+        agent = await self._agent()
+        headers = {"Connection": "Upgrade", "Upgrade": debug_console.PROTOCOL}
+        return Response(
+            b"",
+            status=101,
+            headers=headers,
+            takes_over=lambda reader, writer: debug_console.carry(agent, reader, writer),
+        )
+
     async def _log_level(self, request: Request) -> Response:
         level = request.body.decode("utf-8", "replace").strip()
         if level not in LEVELS:
@@ -249,5 +267,6 @@ _ROUTES: dict[str, dict[str, Callable[[Management, Request], Awaitable[Response]
     "/kata/v1/timings": {"GET": Management._timings},
     "/kata/v1/console": {"GET": Management._console},
     "/kata/v1/logs": {"GET": Management._logs},
+    "/kata/v1/debug-console": {"POST": Management._debug_console},
     "/kata/v1/log-level": {"PUT": Management._log_level},
 }
