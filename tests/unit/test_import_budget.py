@@ -143,6 +143,16 @@ def test_the_end_of_a_container_loads_little() -> None:
     )
 
 
+def test_rm_asks_for_the_end_before_it_loads_what_removes_the_container() -> None:
+    """The machine needs longer for its end than this command for the rest of its modules."""
+    loaded = loaded_by("kata.cli.main", "kata.cli.lifecycle")
+    later = {
+        f"kata.{name}" for name in ("events", "journal", "journal_undo", "cli.attachment", "cli.session")
+    }
+    assert loaded & later == set()
+    assert loaded & {"importlib", "warnings"} == set()
+
+
 def test_a_machine_in_a_network_namespace_starts_before_sockets_are_loaded() -> None:
     loaded = loaded_by("kata.engine.main", "kata.engine.hostns", "kata.network.plan", "kata.network.netns")
     assert loaded & {"socket", "selectors", "enum", "collections", "functools", "asyncio"} == set()

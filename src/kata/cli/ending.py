@@ -138,6 +138,9 @@ def stop(container: Container, grace_s: float, *, force: bool = False) -> None:
         with EngineClient(container.socket) as engine:
             if force:
                 engine.discard()
+                # What removes the container is loaded while the engine takes the machine down.
+                from kata import events, journal_undo  # noqa: F401
+
                 return
             if first != kill and _ends_by(engine, container, first, state["status"], grace_s):
                 return

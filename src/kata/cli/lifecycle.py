@@ -6,10 +6,9 @@ import math
 import os
 import time
 
-from kata.cli import objects, records, session, signals
+from kata.cli import objects, records, signals
 from kata.cli.args import Command, Option
 from kata.cli.ending import ENDED, stop, wait_for_engine
-from kata.cli.pump import detach_keys, passes_signals
 from kata.cli.report import REMOVING
 from kata.engine.client import EngineClient
 from kata.errors import KataError, StateError, UsageError
@@ -161,6 +160,9 @@ def _chosen(arguments: Arguments, command: str, states: tuple[str, ...] = (recor
 
 
 def _start(arguments: Arguments) -> int:
+    from kata.cli import session
+    from kata.cli.pump import detach_keys, passes_signals
+
     chosen = _chosen(arguments, "start", (records.CREATED, records.EXITED))
     interactive = arguments.flag("interactive")
     keys = detach_keys(arguments.value("detach_keys"))
@@ -261,6 +263,8 @@ def _restart(arguments: Arguments) -> int:
 
             restart.start(container)
             return
+        from kata.cli import session
+
         session.start_detached(container, discard=False)
 
     return each(_chosen(arguments, "restart", _ANY), act)
@@ -316,6 +320,8 @@ def remove(container: Container, force: bool) -> None:
             )
         stop(container, 0, force=True)
     if not wait_for_engine(container, tell=force):
+        from kata.cli import session
+
         raise StateError(session.occupied(container), f"try again, or kata rm -f {container.name}")
     if records.load(container.id) is not None:
         records.remove(container)
