@@ -244,6 +244,10 @@ class Journal:
             ``path`` of the device in sysfs, ``driver``: the one that it gets, ``former``: the one before, or empty.
         ``access`` (a user's entry in a file's access control list)
             ``path`` of the file, ``user``; `commit` is given ``dev`` and ``ino``.
+
+        Raises:
+            ValueError: There is no such kind, or a path is not absolute.
+            JournalError: It cannot be written.
         """
         if kind not in KINDS:
             raise ValueError(f"no such kind of resource: {kind}")
@@ -394,7 +398,11 @@ class Journal:
     # ---- the file ----
 
     def reload(self) -> None:
-        """Read the file again: other processes may have written to it."""
+        """Read the file again: other processes may have written to it.
+
+        Raises:
+            JournalError: It cannot be read.
+        """
         try:
             data = os.pread(self._fd, os.fstat(self._fd).st_size, 0)
         except OSError as error:

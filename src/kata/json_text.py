@@ -9,7 +9,11 @@ if TYPE_CHECKING:
 
 
 def dumps(value: Any) -> str:
-    """Encode None, bool, int, finite float, str, list, tuple and dict as JSON."""
+    """Encode None, bool, int, finite float, str, list, tuple and dict as JSON.
+
+    Raises:
+        TypeError: It has a value of another type.
+    """
     if value is None:
         return "null"
     if value is True:

@@ -220,6 +220,9 @@ def stdin(link: Link, container: str, total: int, size: int) -> dict[str, float]
         container: Id of a container that runs.
         total: Bytes to write to the process.
         size: Bytes of each call.
+
+    Raises:
+        KataError: The agent says that it took more than it was given, or nothing.
     """
     process = _Process(link, container, ["dd", "of=/dev/null", "bs=65536"])
     moved = calls = 0

@@ -166,6 +166,11 @@ class _Guest:
             raise
 
     def need(self, path: str, *, follow: bool) -> agentext_pb.FileInfo:
+        """See `stat`.
+
+        Raises:
+            NotFoundError: There is nothing.
+        """
         found = self.stat(path, follow=follow)
         if found is None:
             raise NotFoundError(
@@ -174,7 +179,11 @@ class _Guest:
         return found
 
     def entries(self, path: str) -> Iterator[agentext_pb.FileInfo]:
-        """Yield a directory's entries, sorted by name."""
+        """Yield a directory's entries, sorted by name.
+
+        Raises:
+            GuestProtocolError: The guest lists what can be no names, or lists without end.
+        """
         after = b""
         while True:
             request = agentext_pb.ListFilesRequest(
@@ -209,7 +218,11 @@ class _Guest:
         return self.entries(path) if whole or path not in ("/proc", "/sys") else iter(())
 
     def read(self, path: str, size: int) -> Iterator[bytes]:
-        """Yield the file's content, at most *size* bytes (its size when it was examined)."""
+        """Yield the file's content, at most *size* bytes (its size when it was examined).
+
+        Raises:
+            GuestProtocolError: The guest sends more than it was asked for.
+        """
         offset = 0
         while offset < size:
             wanted = min(_PIECE, size - offset)
@@ -228,6 +241,9 @@ class _Guest:
         """Write a new file with this content.
 
         A symbolic link or a fifo in its place is replaced, not followed, and only when the new file is complete.
+
+        Raises:
+            HostError: What is in its place cannot be replaced.
         """
         here = self.stat(path, follow=False)
         if here is None or stat.S_ISREG(here.mode):

@@ -229,6 +229,9 @@ def moment(text: str, option: str) -> float:
 
     Returns:
         Seconds of Unix time.
+
+    Raises:
+        UsageError: It is none of these.
     """
     import datetime
     import time

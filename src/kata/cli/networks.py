@@ -52,6 +52,9 @@ def check_name(name: str, given: str) -> str:
     Args:
         name: The name.
         given: The option or argument as the user wrote it, for errors.
+
+    Raises:
+        UsageError: It cannot be one.
     """
     values.name(name, f"{given}:", "network", least=1)
     if name in RESERVED:

@@ -1,7 +1,8 @@
 """The options of `kata run` and `kata create` that few containers are given: labels, limits, names, security.
 
-They are read before anything is made, and put into the specification and the container's record afterwards. This module
-is imported only where one of them was given.
+They are read before anything is made, and put into the specification and the container's record afterwards. Each
+function that reads one raises a `UsageError` that repeats the value and shows the form. This module is imported only
+where one of them was given.
 
 Source: docker-run(1) and podman-run(1) for the forms; runtime-spec 1.1, config-linux.md for what becomes of them.
 """

@@ -117,7 +117,11 @@ def read_limited(file: BinaryIO, what: str) -> bytes:
 
 
 def choose_tagged(listed: list[Descriptor], tag: str, wanted: Platform, name: str) -> Descriptor:
-    """Choose the entry of a layout's index with a tag; see `Layout.choose`."""
+    """Choose the entry of a layout's index with a tag; see `Layout.choose`.
+
+    Raises:
+        ImageError: There is none, or there are several.
+    """
     if not listed:
         raise ImageError(f"{name} holds no image", "export the image again")
     place = place_of(tag)

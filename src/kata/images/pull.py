@@ -70,7 +70,12 @@ class RegistrySource:
         return data
 
     def prepare(self, layers: list[Descriptor]) -> None:
-        """Start fetching the layers."""
+        """Start fetching the layers.
+
+        Raises:
+            ImageError: They are larger than an image may be.
+            ResourceExhaustedError: They are larger than the disk has room.
+        """
         different = {layer.digest: layer for layer in layers}
         self._total = sum(layer.size for layer in different.values())
         if self._total > limits_from_environment().size:

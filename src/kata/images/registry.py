@@ -626,7 +626,11 @@ class _Download:
         self.at = 0
 
     def add(self, piece: bytes) -> None:
-        """Append received data."""
+        """Append received data.
+
+        Raises:
+            ImageError: It is more than there should be.
+        """
         if self.at + len(piece) > self._what.size:
             self.restart()
             raise ImageError(

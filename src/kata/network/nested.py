@@ -73,7 +73,11 @@ class NestedPlan(UserPlan):
         return f"{port.host_port}:{port.guest_port}"
 
     def guard(self, journal: Journal, name: str) -> list[str]:
-        """Enter a network namespace without the host's loopback, for good; see `UserPlan.guard`."""
+        """Enter a network namespace without the host's loopback, for good; see `UserPlan.guard`.
+
+        Raises:
+            HostError: It cannot be made, or pasta cannot be started.
+        """
         try:
             namespace = _make_namespace()
         except OSError as error:

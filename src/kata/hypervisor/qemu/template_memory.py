@@ -84,7 +84,11 @@ class Handover:
         )
 
     def serve(self) -> None:
-        """In the parent, once the child has executed QEMU: answer it, in a thread that ends with that."""
+        """In the parent, once the child has executed QEMU: answer it, in a thread that ends with that.
+
+        Raises:
+            OSError: No descriptor or no thread can be had.
+        """
         self._ours.setblocking(False)
         _, messages, _, _ = self._ours.recvmsg(1, _socket.CMSG_SPACE(4))
         if not messages:
