@@ -316,6 +316,9 @@ def booted_for_copy(container: Container) -> Iterator[EngineClient]:
     yield its engine once: for `contextlib.contextmanager`, which this module does without.
 
     The engine gets a specification without a process, which is valid until the container is started.
+
+    Raises:
+        VMLostError: The engine has ended under the copy.
     """
     import json
 

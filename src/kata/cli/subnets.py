@@ -118,7 +118,7 @@ def _routes() -> list[_Network]:
         with open("/proc/net/route", encoding="ascii") as lines:
             next(lines, None)
             for fields in map(str.split, lines):
-                # In the byte order of the machine, which is the other one.
+                # The kernel prints the addresses' bytes as one number of this machine, little-endian.
                 target, mask = (int.from_bytes(bytes.fromhex(fields[at]), "little") for at in (1, 7))
                 if mask:
                     found.append(ipaddress.IPv4Network((target & mask, mask.bit_count())))

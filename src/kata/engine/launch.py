@@ -397,7 +397,7 @@ def _execute(
         OSError: It could not be.
     """
     exec_status_read, exec_status_write = map(sysio.Fd, os.pipe())
-    word = b""
+    status = b""
     argv = [*launcher.command(), "engine", directory]
     try:
         child = os.fork()
@@ -406,17 +406,17 @@ def _execute(
         exec_status_write.close()
         os.waitpid(child, 0)
         while piece := sysio.read_exec_status(exec_status_read.raw):
-            if not word:
+            if not status:
                 _transfer_ownership(journal, int(piece.split()[0]))
-            word += piece
+            status += piece
     except TimeoutError:
-        if word:  # it has not ended, so its number is nobody else's
-            os.kill(int(word.split()[0]), sysio.SIGKILL)
+        if status:  # it has not ended, so its number is nobody else's
+            os.kill(int(status.split()[0]), sysio.SIGKILL)
         raise
     finally:
         exec_status_read.close()
         exec_status_write.close()
-    pid, _, failure = word.decode().partition(" ")
+    pid, _, failure = status.decode().partition(" ")
     if failure or not pid:
         number = int(failure or errno.EIO)
         raise OSError(number, os.strerror(number), argv[0])
@@ -431,19 +431,19 @@ def _transfer_ownership(journal: Journal, pid: int) -> None:
         pass  # it has ended, and we still answer
 
 
-def _become_engine(argv: list[str], fds: tuple[int, ...], word: int) -> None:
+def _become_engine(argv: list[str], fds: tuple[int, ...], exec_status_fd: int) -> None:
     """In the child: detach from the launcher and execute. Never returns.
 
     Forked twice, so that the engine belongs to init and no client has to reap it; in a session of its own, so
     that neither Ctrl-C nor the end of a terminal reaches it.
     """
-    report = word
+    report = exec_status_fd
     try:
         os.setsid()
         if os.fork():
             os._exit(0)
-        os.write(word, str(os.getpid()).encode())
-        report = sysio.dup_above(word, len(fds))
+        os.write(exec_status_fd, str(os.getpid()).encode())
+        report = sysio.dup_above(exec_status_fd, len(fds))
         sysio.take_descriptors(fds, report)
         os.chdir("/")
         os.umask(0o077)

@@ -55,7 +55,7 @@ class Engines:
 
     def __init__(self, parallel: int, timeout_s: float) -> None:
         self.timeout_s = timeout_s
-        self._turns = asyncio.Semaphore(parallel)
+        self._running = asyncio.Semaphore(parallel)
         self._large = asyncio.Semaphore(_MOST_LARGE)
 
     @contextlib.asynccontextmanager
@@ -78,7 +78,7 @@ class Engines:
             Unreachable: There was no whole answer of HTTP in time.
         """
         limit = self.timeout_s if timeout_s is None else min(timeout_s, self.timeout_s)
-        async with self._turns, contextlib.AsyncExitStack() as held:
+        async with self._running, contextlib.AsyncExitStack() as held:
             try:
                 async with asyncio.timeout(limit):
                     answer = await self._get(sandbox, target, held)

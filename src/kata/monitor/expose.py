@@ -145,7 +145,12 @@ def accepts_gzip(accept_encoding: str) -> bool:
 
 
 def chunks(parts: Iterable[str], end: str) -> Iterator[bytes]:
-    """Text in pieces of a size that is worth a write."""
+    """Text in pieces of a size that is worth a write, in UTF-8.
+
+    Args:
+        parts: The text.
+        end: What comes behind it; empty for nothing.
+    """
     waiting: list[str] = []
     size = 0
     for part in itertools.chain(parts, [end] if end else ()):

@@ -87,7 +87,7 @@ def start(
 
     sysio.preload()
     sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
-    word_read, word_write = map(sysio.Fd, os.pipe())
+    status_read, status_write = map(sysio.Fd, os.pipe())
     life_read, life_write = map(sysio.Fd, os.pipe())
     number_read, number_write = map(sysio.Fd, os.pipe())
     try:
@@ -103,19 +103,19 @@ def start(
             if orphan or own_pids:
                 _leave_an_orphan(own_pids, number_write.raw)
             flags = sysio.CLONE_NEWNS if own_mounts else 0
-            _become(sock, network, streams, terminal, flags, word_write.raw, life_read.raw)
-        word_write.close()
+            _become(sock, network, streams, terminal, flags, status_write.raw, life_read.raw)
+        status_write.close()
         number_write.close()
         if orphan or own_pids:
             os.waitpid(child, 0)
             if not orphan:
                 sysio.adopt_orphans(False)
             child = int(os.read(number_read.raw, 32) or b"0")
-        word = b""
-        while piece := os.read(word_read.raw, 256):
-            word += piece
-        if word != _READY or not child:
-            failure = word.removeprefix(_READY).decode(errors="replace") or "it ended"
+        status = b""
+        while piece := os.read(status_read.raw, 256):
+            status += piece
+        if status != _READY or not child:
+            failure = status.removeprefix(_READY).decode(errors="replace") or "it ended"
             raise HostError(f"cannot start the process that stands for the container: {failure}")
         if orphan:
             os.write(life_write.raw, ADOPTED)  # its parent is its monitor now
@@ -126,7 +126,7 @@ def start(
         ) from error
     finally:
         sock.close()
-        for end in (word_read, word_write, life_read, life_write, number_read, number_write):
+        for end in (status_read, status_write, life_read, life_write, number_read, number_write):
             if end.is_open:
                 end.close()
 
@@ -150,16 +150,16 @@ def _become(
     streams: Sequence[int],
     terminal: bool,
     flags: int,
-    word: int,
+    status_fd: int,
     life: int,
 ) -> NoReturn:
     """In the child: become that process."""
     import fcntl
 
-    report = word
+    report = status_fd
     try:
         os.setsid()
-        report = fcntl.fcntl(word, fcntl.F_DUPFD_CLOEXEC, 10)
+        report = fcntl.fcntl(status_fd, fcntl.F_DUPFD_CLOEXEC, 10)
         sock.listen(1)  # by this process: its number is in the credentials of the connection
         if terminal:
             fcntl.ioctl(streams[0], _TIOCSCTTY, 0)
@@ -257,7 +257,7 @@ def _in_child(work: Callable[[], None], what: str) -> None:
             finally:
                 os._exit(1)
         writing.close()
-        word = os.read(reading.raw, 512)
+        failure = os.read(reading.raw, 512)
         _, status = os.waitpid(child, 0)
     if status:
-        raise HostError(f"cannot {what}: {word.decode(errors='replace').rstrip(': ') or 'it ended'}")
+        raise HostError(f"cannot {what}: {failure.decode(errors='replace').rstrip(': ') or 'it ended'}")

@@ -71,7 +71,7 @@ class GuestNetwork:
         self._timings = timings
         self._containers = containers
         self._names_up = names_up
-        self._turn = asyncio.Lock()
+        self._lock = asyncio.Lock()
         self._sysctls: dict[str, dict[str, str]] = {}
         self._routes: list[Entry] = []
         self._rules: list[Entry] = []
@@ -95,7 +95,7 @@ class GuestNetwork:
         Raises:
             KataError: The guest refused, or the network's helper is gone.
         """
-        async with self._turn:
+        async with self._lock:
             await self._configure(agent)
 
     async def come_up(self) -> None:
@@ -105,7 +105,7 @@ class GuestNetwork:
             KataError: It could not be set up.
         """
         plan = self._plan
-        async with self._turn:
+        async with self._lock:
             # Some clients wire a container's network namespace only between create and start.
             if plan is not None and plan.external_netns:
                 if self._socket is None:
@@ -130,7 +130,7 @@ class GuestNetwork:
             UnsupportedError: Its machine has no interface for that.
             KataError: The network is gone, or the guest refused.
         """
-        async with self._turn:
+        async with self._lock:
             plan = self._bridged(endpoint.network)
             await self._tasks.run_blocking(plan.connect, endpoint)
             try:
@@ -147,7 +147,7 @@ class GuestNetwork:
             NotFoundError: It is not in that network.
             KataError: The guest refused.
         """
-        async with self._turn:
+        async with self._lock:
             await self._tasks.run_blocking(self._bridged(network).disconnect, network)
             kept = [one for one in self._settings.network.endpoints if one.network != network]
             self._settings.network.endpoints = kept
@@ -397,7 +397,7 @@ class GuestNetwork:
         plan = self._plan
         assert plan is not None
         try:
-            async with self._turn:
+            async with self._lock:
                 await self._tasks.run_blocking(lambda: plan.rescan(is_running=True))
                 agent = await self._runtime.ready()
                 await self._plug_in(plan)
