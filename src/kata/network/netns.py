@@ -6,7 +6,7 @@ is made at the start, even if the namespace has no interface yet. tc redirects a
 interface of the namespace in both directions, below the namespace's own IP stack. So the guest gets the interface's
 hardware address, addresses, MTU, routes and permanent neighbours, and any kind of Ethernet interface works. A tap is
 not persistent: it disappears with the hypervisor, however that ends. In a namespace of the engine's own it stays until
-the engine ends, too (`NetnsPlan.close_taps`).
+the engine ends, too (`NetnsPlan.let_go`).
 
 Interfaces may appear only after the machine has started (Docker 26 and newer, `ctr run --cni`); `rescan` finds them.
 The first one uses the slot that every machine has. Further ones are hot-plugged into ports, which a machine has if its
@@ -253,7 +253,14 @@ class NetnsPlan(NetworkPlan):
         return [Nic(endpoint.mac, tap_fd=endpoint.fd) for endpoint in self.endpoints]
 
     def close_taps(self) -> None:
-        """Close the taps whose descriptors were not taken, and those that are held.
+        """Close the taps whose descriptors were not taken, and those that are held."""
+        self.let_go()
+        for endpoint in self.endpoints:
+            if endpoint.fd is not None:
+                endpoint.fd.close()
+
+    def let_go(self) -> None:
+        """See `NetworkPlan.let_go`.
 
         The last to close a tap waits until nothing in the kernel still reads the device, 37 to 53 ms on a busy machine.
         It is not to be the hypervisor, for whose end clients wait. So in a namespace of its own, which nobody looks
@@ -261,9 +268,6 @@ class NetnsPlan(NetworkPlan):
         """
         while self._held:
             self._held.pop().close()
-        for endpoint in self.endpoints:
-            if endpoint.fd is not None:
-                endpoint.fd.close()
 
     def take_pending_hotplugs(self) -> list[tuple[int, Nic]]:
         """See `NetworkPlan.take_pending_hotplugs`."""

@@ -219,6 +219,9 @@ class NetworkPlan:
     def start(self, journal: Journal, name: str) -> None:
         """Start what the network needs on the host. Main thread."""
 
+    def let_go(self) -> None:
+        """Close what is held of the interfaces beside the hypervisor, of a start that has failed. Idempotent."""
+
     def rescan(self, *, is_running: bool = False) -> bool:
         """Whether what the guest has to know has changed since it was last told. Blocks briefly."""
         return False

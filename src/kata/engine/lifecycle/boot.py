@@ -299,7 +299,7 @@ class Boot:
         made.keeps_ports = bool(self._described.hypervisor.pool)
         if self._waiting is not None:
             self._waiting.connect(made)
-        self._undo.append(made.stop)
+        self._undo += (made.stop, made.let_go)
         self._nics = made.setup_nics(self.capabilities.nics, hotplug=self.capabilities.hotplug_nics)
         self._undo += [nic.close for nic in self._nics]
         self.machine.network = made
