@@ -249,6 +249,7 @@ STEPS = [
     "start_file_server",
     "start_network",
     "set_oom_scores",
+    "complete_monitor",
 ]
 
 

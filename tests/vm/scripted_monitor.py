@@ -104,6 +104,9 @@ class ScriptedStarted:
     def channel(self) -> Channel:
         return self._channel
 
+    def complete(self) -> None:
+        pass
+
     def give_agent(self, words: bytes) -> bool:
         return False
 

@@ -53,6 +53,14 @@ class Started(Protocol):
     def channel(self) -> Channel:
         """How its agent is reached."""
 
+    def complete(self) -> None:
+        """Wait for what the start has begun beside. Idempotent; without it, taking the machine over does so.
+
+        Raises:
+            HypervisorError: It failed.
+            SavedMachineError: What was saved is of no use.
+        """
+
     def give_agent(self, words: bytes) -> bool:
         """Write the first bytes of the agent's connection, before anybody takes its channel. Returns false, and has
         written nothing, where that is not there before the guest listens."""

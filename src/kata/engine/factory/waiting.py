@@ -226,6 +226,7 @@ class Keeper:
         self._started = self._monitor.restore(self._template.path, attachments, self._journal, self.shape)
         if around.files is not None:
             around.files.start()
+        self._started.complete()
 
     def end(self) -> None:
         """End the machine, and leave nothing. Blocks."""

@@ -96,6 +96,7 @@ def _power_on(boot: Boot) -> BootedMachine:
         boot.start_file_server,
         boot.start_network,
         boot.set_oom_scores,
+        boot.complete_monitor,
         boot.give_first_calls,
     )
     try:
@@ -534,6 +535,20 @@ class Boot:
 
         oom_score.protect_engine()
         oom_score.set_machine(self._settings.oom_score_adj)
+
+    def complete_monitor(self) -> None:
+        """Wait for what the start of the machine has begun beside: the copy of a template's memory.
+
+        Raises:
+            HypervisorError: It failed.
+            SavedMachineError: The template is of no use.
+        """
+        assert self.machine.started is not None
+        try:
+            self.machine.started.complete()
+        except SavedMachineError as error:
+            self.machine.distrust_template(error)
+            raise
 
     def give_first_calls(self) -> None:
         """Have a machine that goes on from a template set up its guest while the rest of the engine is loaded."""

@@ -151,6 +151,7 @@ class QemuMonitor(MonitorBase):
 
         if not isinstance(started, QemuProcess):
             raise TypeError(f"{started!r} is not one of {self.title}'s")
+        started.complete()
         return Qemu(started, journal, console_path)
 
     def program(self, options: Mapping[str, Any]) -> str:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kata.hypervisor.channel import Channel
+    from kata.hypervisor.qemu.saving import Filling
     from kata.hypervisor.qemu.settings import VMSettings
     from kata.journal import Journal
 
@@ -53,7 +54,7 @@ def find(path: str = "") -> str:
 class QemuProcess(MonitorProcess):
     """A QEMU that was started. Its channels are ``agent``, ``qmp`` and ``console``."""
 
-    __slots__ = ("_channel", "settings", "told")
+    __slots__ = ("_channel", "_filling", "settings", "told")
 
     def __init__(
         self,
@@ -61,6 +62,7 @@ class QemuProcess(MonitorProcess):
         settings: VMSettings,
         launch: Launch,
         told: Sequence[str] = (),
+        filling: Filling | None = None,
     ) -> None:
         super().__init__(
             child,
@@ -75,6 +77,7 @@ class QemuProcess(MonitorProcess):
         self.settings = settings
         self.told = told
         """Names of the commands that are in its control channel already."""
+        self._filling = filling
         self._channel: Channel | None = None
 
     @property
@@ -90,6 +93,19 @@ class QemuProcess(MonitorProcess):
                 else SerialChannel(lambda: self.detach_fd("agent"))
             )
         return self._channel
+
+    def complete(self) -> None:
+        """See `kata.hypervisor.protocols.Started.complete`."""
+        if self._filling is not None:
+            filling, self._filling = self._filling, None
+            filling.wait()
+
+    def close(self) -> None:
+        """See `kata.hypervisor.protocols.Started.close`."""
+        if self._filling is not None:
+            self._filling.abandon()
+            self._filling = None
+        super().close()
 
     def give_agent(self, words: bytes) -> bool:
         """See `kata.hypervisor.protocols.Started.give_agent`: they wait in the virtio-serial port."""
@@ -128,15 +144,15 @@ def spawn(settings: VMSettings, journal: Journal) -> QemuProcess:
     try:
         with Launch("QEMU", journal) as launch:
             told: list[str] = []
-            child = _start(settings, launch, told)
-            return QemuProcess(child, settings, launch, told)
+            child, filling = _start(settings, launch, told)
+            return QemuProcess(child, settings, launch, told, filling)
     finally:
         for fd in {*passed, *settings.descriptors()}:
             fd.close()
 
 
-def _start(settings: VMSettings, launch: Launch, told: list[str]) -> children.Child:
-    """Start it; what it is told before it runs is added to `told`."""
+def _start(settings: VMSettings, launch: Launch, told: list[str]) -> tuple[children.Child, Filling | None]:
+    """Start it; what it is told before it runs is added to `told`. Returns it, and who fills its memory."""
     _check(settings)
     if settings.accel == "tcg" and not settings.tsc_khz and settings.incoming is None:
         settings.tsc_khz = tsc.khz()
@@ -155,11 +171,38 @@ def _start(settings: VMSettings, launch: Launch, told: list[str]) -> children.Ch
         if name != "console" or settings.console != "none":
             launch.channel(name)
     source = settings.memory if settings.late_share and settings.incoming is not None else None
+    words = b""
+    filling: Filling | None = None
     if settings.incoming is not None:
         from kata.hypervisor.qemu import saving
-    if source is not None:
-        # Its file server writes to it, so it is one of its own, and filled while QEMU starts.
-        settings.memory, settings.owns_memory = saving.file_like(source), True
+
+        uri = saving.incoming_uri(settings.incoming.raw, in_set=settings.incoming_in_set)
+        words, names = saving.restoring(uri, has_memory=settings.memory is not None)
+        told += names
+        if source is not None:
+            # Its file server writes to it, so it is one of its own, and filled while QEMU starts.
+            settings.memory, settings.owns_memory = saving.file_like(source), True
+            filling = saving.Filling(settings.memory, source, launch.ours["qmp"], words)
+    try:
+        child = _execute(settings, launch)
+    except BaseException:
+        if filling is not None:
+            filling.abandon()
+        raise
+    if words and filling is None:
+        try:
+            os.write(launch.ours["qmp"], words)
+        except BaseException:
+            child.kill()
+            child.wait(END_S)
+            child.close()
+            raise
+    return child, filling
+
+
+def _execute(settings: VMSettings, launch: Launch) -> children.Child:
+    """Execute QEMU, whose channels and files are opened."""
+    theirs = launch.theirs
     if settings.nic is not None and not settings.nic.backend:
         launch.socket(qemu_command.nic_socket(settings.run_dir))
         theirs["nic"] = _listen(qemu_command.nic_socket(settings.run_dir))
@@ -185,7 +228,7 @@ def _start(settings: VMSettings, launch: Launch, told: list[str]) -> children.Ch
         share=theirs.get("share"),
         acpi=tables,
     )
-    child = launch.spawn(
+    return launch.spawn(
         qemu_command.build(settings, fds),
         "qemu",
         pass_fds=qemu_command.inherited_fds(settings, fds),
@@ -197,20 +240,6 @@ def _start(settings: VMSettings, launch: Launch, told: list[str]) -> children.Ch
         capabilities=kept,
         confinement=_confinement(settings, user, kept, reopened),
     )
-    if settings.incoming is not None:
-        try:
-            if source is not None and settings.memory is not None:
-                saving.fill(settings.memory, source)
-            uri = saving.incoming_uri(settings.incoming.raw, in_set=settings.incoming_in_set)
-            words, names = saving.restoring(uri, has_memory=settings.memory is not None)
-            os.write(launch.ours["qmp"], words)
-        except BaseException:
-            child.kill()
-            child.wait(END_S)
-            child.close()
-            raise
-        told += names
-    return child
 
 
 def _vhost_net(settings: VMSettings) -> dict[int, int]:

@@ -10,8 +10,10 @@ it runs, so that it goes on by itself.
 
 from __future__ import annotations
 
+import errno
 import os
 
+from kata import sysio
 from kata.errors import HypervisorError, SavedMachineError
 from kata.hypervisor.qemu import slots
 from kata.json_text import dumps
@@ -44,6 +46,8 @@ _IGNORES_SHARED = {"capabilities": [{"capability": "x-ignore-shared", "state": T
 _BANDWIDTH = 1 << 40
 """Bytes a second: not to be slowed down. By default it is that of a slow network."""
 _POLL_S = 0.005
+_CUT_OFF = 255
+"""Exit status of a `Filling` whose source has ended early; others are numbers of errors."""
 _SAVE_S, _SAVE_MIB_PER_S = 30.0, 20.0
 """A slower disk is no disk to save machines to."""
 
@@ -123,6 +127,70 @@ def fill(target: Fd, memory: Fd) -> None:
                 place += done
     except OSError as error:
         raise HypervisorError(f"cannot copy the memory of a saved machine: {error.strerror}") from error
+
+
+class Filling:
+    """A process that copies a guest's memory (`fill`) while the hypervisor is started, and then tells that to go on.
+
+    It is a process since the copy is a thousand calls, between which a thread would wait for the interpreter's lock.
+
+    Args:
+        target: See `fill`.
+        memory: See `fill`.
+        channel: Our end of QEMU's control channel.
+        words: What is written to it when the memory is there.
+
+    Raises:
+        HypervisorError: It cannot be started.
+    """
+
+    __slots__ = ("_pid",)
+
+    def __init__(self, target: Fd, memory: Fd, channel: int, words: bytes) -> None:
+        parent = os.getpid()
+        sysio.preload()
+        try:
+            self._pid = os.fork()
+        except OSError as error:
+            raise HypervisorError(f"cannot copy the memory of a saved machine: {error.strerror}") from error
+        if self._pid:
+            return
+        try:
+            sysio.die_with_parent(parent)
+            fill(target, memory)
+            sysio.write_all(channel, words)
+            os._exit(0)
+        except SavedMachineError:
+            os._exit(_CUT_OFF)
+        except HypervisorError as error:
+            cause = error.__cause__
+            os._exit((isinstance(cause, OSError) and cause.errno) or errno.EIO)
+        finally:
+            os._exit(errno.EIO)
+
+    def wait(self) -> None:
+        """Wait for its end. Idempotent.
+
+        Raises:
+            SavedMachineError: See `fill`.
+            HypervisorError: See `fill`, or it was killed.
+        """
+        if not self._pid:
+            return
+        pid, self._pid = self._pid, 0
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if status == _CUT_OFF:
+            raise SavedMachineError("the memory of a saved machine was cut off")
+        if status:
+            reason = os.strerror(status) if status > 0 else "the process that does was killed"
+            raise HypervisorError(f"cannot copy the memory of a saved machine: {reason}")
+
+    def abandon(self) -> None:
+        """End it, whatever it has done. Idempotent."""
+        if self._pid:
+            os.kill(self._pid, sysio.SIGKILL)
+            os.waitpid(self._pid, 0)
+            self._pid = 0
 
 
 def has_file_uris(version: str) -> bool:
