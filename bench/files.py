@@ -24,6 +24,7 @@ import statistics
 import sys
 import tarfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -56,6 +57,8 @@ WORK_FILES = 5000
 FILES_IMAGE = "docker.io/local/files:latest"
 
 Values = dict[str, dict[str, dict[str, list[float]]]]
+CHOICE = {place: tuple(TESTS) if place != "image" else OF_IMAGE for place in PLACES}
+"""Place -> its tests."""
 
 
 def start(lab: Lab, count: int) -> dict[str, str]:
@@ -77,16 +80,23 @@ def start(lab: Lab, count: int) -> dict[str, str]:
     return containers
 
 
-def measure(lab: Lab, amounts: dict[str, int], rounds: int) -> Values:
-    """Values by place, test and kind; the work is a place of its own."""
+def measure(
+    lab: Lab, amounts: dict[str, int], rounds: int, tests: Mapping[str, Sequence[str]] = CHOICE
+) -> Values:
+    """Values by place, test and kind; the work is a place of its own.
+
+    Args:
+        lab: Where the pods are.
+        amounts: MiB, ``count`` of files and accesses, and ``syncs``.
+        rounds: How often each is measured.
+        tests: Place -> its tests, in their order: who reads files that it has made makes them before.
+    """
     containers = start(lab, amounts["count"])
-    tests = {place: [test for test in TESTS if place != "image" or test in OF_IMAGE] for place in PLACES}
-    found: Values = {
-        place: {test: {name: [] for name in KINDS} for test in tests[place]} for place in PLACES
-    }
+    found: Values = {place: {test: {name: [] for name in KINDS} for test in tests[place]} for place in tests}
     found["work"] = {step: {name: [] for name in KINDS} for step in WORK}
     for number in range(rounds):
-        for place, directory in PLACES.items():
+        for place in tests:
+            directory = PLACES[place]
             for test in tests[place]:
                 kind, amount, _, unit = TESTS[test]
                 progress(f"round {number + 1} of {rounds}: {place}: {test}")

@@ -11,7 +11,9 @@ shuffled anew; what changes with the hour changes all of it alike, so ratios are
   `kill` and `delete` of `kata-runtime` and runc.
 * ``pool``: `ctr run --rm` and `kata run --rm` by a machine that waits, from a template, and `ctr run` with runc.
 * ``many``: 20 and 50 `kata run -d` at once, from the first until each has said that its container runs.
+* ``storm``: 20 at once for which as many machines wait, and 20 from a template.
 * ``pods``: 30 pods by `crictl run` at once, through a containerd with CNI's bridge (`podlab.py`).
+* ``files``: what the containers of three pods get of small files, and the work of `npm install` (`files.py`).
 * ``memory``: 20 sandboxes that have nothing to do, with and without an engine parent: proportional set size of all
   their processes, and of the engines.
 
@@ -43,6 +45,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "src"), str(ROOT / "tests/vm"), str(ROOT / "tests")]
 
 import bareboot  # noqa: E402
+import files  # noqa: E402
 import podlab  # noqa: E402
 import start  # noqa: E402
 import warmpool  # noqa: E402
@@ -52,7 +55,7 @@ from overhead import descendants, field  # noqa: E402
 from peers import Oci, Peers  # noqa: E402
 from performance_table import Rounds, machine, median, p95, put, table  # noqa: E402
 
-PARTS = ("one", "pool", "many", "pods", "memory")
+PARTS = ("one", "pool", "many", "storm", "pods", "files", "memory")
 RUNC = "io.containerd.runc.v2"
 MIB = 1 << 20
 SETTLE_S = 3
@@ -206,6 +209,48 @@ def many(trees: dict[str, Tree], rounds: int, counts: Sequence[int]) -> Rounds:
     return took
 
 
+def storm(tree: Tree, rounds: int, count: int = 20) -> Rounds:
+    """Seconds of so many at once where as many machines wait, and from a template: until all run, and percentiles."""
+    run = [*tree.program, "run", "--rm", "--network", "none", tree.image, "true"]
+    _, pooled = warmpool.configured(tree, count)
+    pool = warmpool.Pool(tree, pooled, partial(start.timed, run, pooled))
+    took: Rounds = {}
+    try:
+        for number in range(rounds):
+            for way in random.sample(("pool", "no pool"), 2):
+                progress(f"{count} at once, {way}: round {number + 1} of {rounds}")
+                if way == "pool":
+                    pool.fill(count)
+                else:
+                    start.await_template(tree.program, tree.image, tree.environment)
+                with sandboxes(tree, count, pooled if way == "pool" else tree.environment) as found:
+                    for name, value in (("all", max(found)), ("p50", median(found)), ("p95", p95(found))):
+                        took.setdefault(f"{count} {name}, {way}", []).append(value)
+                pool.end()  # with the templates: those that come to wait now would be in the way of the next ones
+    finally:
+        pool.end()
+    return took
+
+
+def of_files(rounds: int) -> Rounds:
+    """Files a second, of an image and of a root file system, and seconds of the work, in pods of each kind."""
+    made, looked = "create and write a file of 4 KiB", files.OF_IMAGE
+    tests = {
+        "image": looked,
+        "root file system": (made, *looked, "unlink"),
+    }  # which makes room for the next round
+    with podlab.Lab() as lab:
+        found = files.measure(lab, {"count": 500}, rounds, tests)
+    took: Rounds = {}
+    for kind in files.KINDS:
+        for place in tests:
+            for test in looked:
+                took[f"{place}, {test}, {kind}"] = found[place][test][kind]
+        steps = [found["work"][step][kind] for step in files.WORK]
+        took[f"work, {kind}"] = [sum(one) for one in zip(*steps, strict=True)]
+    return took
+
+
 def memory(trees: dict[str, Tree], count: int = 20) -> Rounds:
     """MiB of each of so many sandboxes that are idle; of an engine's parent, each has its share."""
     took: Rounds = {}
@@ -350,26 +395,36 @@ def measure(work: Path, other: Path | None, options: argparse.Namespace, took: R
         if root is not None:
             (work / which[0]).mkdir()
             trees[which] = Tree(root, work / which[0])
-    this = trees["this"]
-    if {"one", "pool", "many", "memory"} & set(parts):
-        with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        if {"one", "pool", "many", "storm", "memory"} & set(parts):
             for tree in trees.values():
                 stack.enter_context(tree.up())
-            if "one" in parts:
-                (work / "q").mkdir()
-                bare = bareboot.prepare(this.guest, work / "q", this.environment)
-                podmans = stack.enter_context(start.podmans(this.guest))
-                took |= one(trees, Peers(work / "p", this), bare, podmans, options.rounds)
-            if {"many", "memory"} & set(parts):
-                start.await_template(this.program, this.image, this.environment)
-            if "pool" in parts:
-                took |= warmpool.measure(this, partial(_ctr_runc, this), options.rounds)
-            if "many" in parts:
-                took |= many(trees, options.at_once, options.many or (20, 50))
-            if "memory" in parts:
-                took |= memory(trees)
+        if "one" in parts:
+            (work / "q").mkdir()
+            bare = bareboot.prepare(trees["this"].guest, work / "q", trees["this"].environment)
+            podmans = stack.enter_context(start.podmans(trees["this"].guest))
+            took |= one(trees, Peers(work / "p", trees["this"]), bare, podmans, options.rounds)
+        _measure_templates(trees, parts, options, took)
     if "pods" in parts:
         took |= pods(trees, options.pods, options.at_once)
+    if "files" in parts:
+        took |= of_files(max(options.at_once, 2))
+
+
+def _measure_templates(
+    trees: dict[str, Tree], parts: Sequence[str], options: argparse.Namespace, took: Rounds
+) -> None:
+    this = trees["this"]
+    if {"many", "storm", "memory"} & set(parts):
+        start.await_template(this.program, this.image, this.environment)
+    if "pool" in parts:
+        took |= warmpool.measure(this, partial(_ctr_runc, this), options.rounds)
+    if "many" in parts:
+        took |= many(trees, options.at_once, options.many or (20, 50))
+    if "storm" in parts:
+        took |= storm(this, options.at_once)
+    if "memory" in parts:
+        took |= memory(trees)
 
 
 def _commit(root: Path) -> str:

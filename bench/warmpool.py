@@ -71,9 +71,36 @@ class Pool:
         time.sleep(0.5)  # it gives up the processor now
         return found[0]
 
+    def fill(self, count: int) -> None:
+        """Return once so many wait.
+
+        Raises:
+            SystemExit: They did not come to wait.
+        """
+        until = time.monotonic() + FILLED_S + _FILL_S * count
+        while (there := len(self.waiting())) < count:
+            if time.monotonic() > until:
+                raise SystemExit(f"error: {there} of {count} machines came to wait")
+            if not there:
+                self._run()
+            time.sleep(_FILL_S)
+        time.sleep(0.5)
+
     def end(self) -> None:
         """End them."""
         subprocess.run([*self._program, "factory", "destroy"], env=self._environment, capture_output=True)
+
+
+def configured(tree: Tree, number: int) -> tuple[str, dict[str, str]]:
+    """A configuration by which so many machines wait, and the environment of a client that has it.
+
+    Args:
+        tree: The checkout, which is up.
+        number: How many.
+    """
+    conf = tree.directory / f"pool-{number}.toml"
+    conf.write_text(f"[factory]\nvm_cache_number = {number}\nvm_cache_least_free = 256\n")
+    return str(conf), {**tree.environment, VARIABLE: str(conf)}
 
 
 def measure(tree: Tree, runc: Callable[[], float], rounds: int) -> Rounds:
@@ -84,12 +111,10 @@ def measure(tree: Tree, runc: Callable[[], float], rounds: int) -> Rounds:
         runc: Milliseconds of ``ctr run`` with runc.
         rounds: How many.
     """
-    conf = tree.directory / "pool.toml"
-    conf.write_text("[factory]\nvm_cache_number = 1\nvm_cache_least_free = 256\n")
-    environment = {**tree.environment, VARIABLE: str(conf)}
+    conf, environment = configured(tree, 1)
     command = [*tree.program, "run", "--rm", tree.image, "true"]
     by_kata = Pool(tree, environment, partial(start.timed, command, environment))
-    by_ctr = Pool(tree, tree.containerd.env, partial(tree.ctr_run, "--runtime-config-path", str(conf)))
+    by_ctr = Pool(tree, tree.containerd.env, partial(tree.ctr_run, "--runtime-config-path", conf))
     contenders: dict[str, Callable[[], float]] = {
         "ctr run, pool": by_ctr.timed,
         "ctr run, beside the pool": partial(took_ms, tree.ctr_run),
