@@ -347,6 +347,9 @@ class MachineDouble:
     def console_tail(self, limit: int = 4096) -> str:
         return "console says hello"
 
+    async def processors(self) -> list[str]:
+        return []
+
     async def confined(self) -> None:
         pass
 

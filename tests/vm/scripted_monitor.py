@@ -235,6 +235,9 @@ class ScriptedMachine:
     def console_tail(self, limit: int = 4096) -> str:
         return self._started.said()[-limit:]
 
+    async def processors(self) -> list[str]:
+        return []
+
     async def metrics(self) -> dict[str, int]:
         return {}
 

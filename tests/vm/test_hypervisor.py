@@ -539,3 +539,13 @@ def test_the_guest_has_the_memory_that_was_asked_for(lab: Lab, mib: int) -> None
 def test_processors(lab: Lab) -> None:
     with lab.machine(vcpus=2) as (_, shell, _):
         assert shell.ok("nproc") == "2"
+
+
+def test_it_tells_where_processors_stand(lab: Lab) -> None:
+    async def work() -> list[str]:
+        async with lab.engine() as (vm, _):
+            return await vm.processors()
+
+    first, *controller = asyncio.run(work())
+    assert re.fullmatch(r"0: RIP=[0-9a-f]{16} RFL=[0-9a-f]{8} CPL=[03] HLT=[01]", first)
+    assert {line.split()[0] for line in controller} >= {"LVTT", "ISR", "IRR"}

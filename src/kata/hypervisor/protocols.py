@@ -191,6 +191,14 @@ class Machine(Protocol):
     def console_tail(self, limit: int = 4096) -> str:
         """The end of the guest's console output: at most `limit` bytes, escaped and bounded."""
 
+    async def processors(self) -> list[str]:
+        """Where the guest's processors stand, a line each, for the report of a guest that does not answer. Empty if
+        the monitor cannot tell.
+
+        Raises:
+            HypervisorError: It does not answer, or it is gone.
+        """
+
     async def metrics(self) -> dict[str, int]:
         """Figures of the monitor's process: ``rss_bytes``, ``cpu_ns`` (user and system), ``threads``; and, if it can
         tell, ``guest_resident_bytes``: how much of the guest's memory takes memory of the host, or did some seconds

@@ -141,6 +141,10 @@ class Running:
         """The last of what the guest's console said, escaped and bounded."""
         return self.console.tail(limit)
 
+    async def processors(self) -> list[str]:
+        """See `kata.hypervisor.protocols.Machine.processors`; none, unless a monitor knows better."""
+        return []
+
     async def metrics(self) -> dict[str, int]:
         """See `kata.hypervisor.protocols.Machine.metrics`."""
         from kata.hypervisor import figures

@@ -15,7 +15,7 @@ from kata.agent.text import last_lines
 from kata.engine.lifecycle import first_calls
 from kata.engine.lifecycle.first_calls import READY_S, SEED_BYTES
 from kata.engine.lifecycle.sandbox_state import SandboxState
-from kata.errors import HypervisorError, KataError, VMLostError
+from kata.errors import AgentTimeoutError, HypervisorError, KataError, VMLostError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
         network_services: NetworkServices
 
 
+PROCESSORS_S = 3.0
+"""How long the report of a guest that does not answer waits for its monitor."""
 BOOT_SLOT_S = 1.0
 """How long a machine that is up keeps its boot slot for a first container, in seconds."""
 SETTING_UP = "setting up the guest"
@@ -69,11 +71,21 @@ async def bring_up(sandbox: BootingSandbox) -> AgentClient:
         asked = sandbox.runtime.life.state not in (SandboxState.BOOTING, SandboxState.FAILED)
         if step.name != SETTING_UP and not asked and not _ended_otherwise(sandbox.runtime):
             sandbox.runtime.machine.distrust_template(error)
-        raise explain(sandbox, step.name, error) from error
+        raise explain(sandbox, step.name, error, await _processors(sandbox.runtime, error)) from error
     finally:
         # Its first container's start frees the boot slot, for which a client may take its time.
         machine = sandbox.runtime.machine
         asyncio.get_running_loop().call_later(BOOT_SLOT_S, machine.free_boot_slot)
+
+
+async def _processors(runtime: MachineRuntime, error: KataError) -> list[str]:
+    """Where the processors of a machine stand whose agent does not answer, a line each; none if nobody can tell."""
+    if not isinstance(error, AgentTimeoutError) or runtime.vm is None or not runtime.vm_runs:
+        return []
+    try:
+        return await asyncio.wait_for(runtime.vm.processors(), PROCESSORS_S)
+    except (KataError, TimeoutError):
+        return []
 
 
 def _ended_otherwise(runtime: MachineRuntime) -> bool:
@@ -193,8 +205,15 @@ async def _guest_times(sandbox: BootingSandbox, agent: AgentClient, answered_ns:
     sandbox.timings.add("agent start", agent_began, answered_ns)
 
 
-def explain(sandbox: BootingSandbox, step: str, error: KataError) -> KataError:
-    """*error* with what helps to find out why a guest did not come up; the class stays."""
+def explain(sandbox: BootingSandbox, step: str, error: KataError, processors: list[str]) -> KataError:
+    """*error* with what helps to find out why a guest did not come up; the class stays.
+
+    Args:
+        sandbox: Whose guest it is.
+        step: What was waited for, as a clause.
+        error: What came of it.
+        processors: Where those of the machine stand, a line each, if that is known.
+    """
     guest = sandbox.settings.described().guest
     vm = sandbox.runtime.vm
     if vm is None:
@@ -209,6 +228,8 @@ def explain(sandbox: BootingSandbox, step: str, error: KataError) -> KataError:
         text += "\nthe guest's console ends with:\n" + "\n".join(f"  {line}" for line in lines)
     else:
         text += "; the guest wrote nothing to its console"
+    if processors:
+        text += "\nits processors:\n" + "\n".join(f"  {line}" for line in processors)
     error.message = text
     error.args = (text,)
     error.hint = error.hint or "kata guest info shows the guest's files, kata doctor checks the host"

@@ -277,6 +277,16 @@ class Qemu(Running):
             raise
         return slots.hotplug_nic_path(index)
 
+    async def processors(self) -> list[str]:
+        """See `kata.hypervisor.protocols.Machine.processors`; QMP has the registers as its monitor's text alone."""
+        from kata.hypervisor.qemu import registers
+
+        said = [
+            await self.command("human-monitor-command", {"command-line": line})
+            for line in ("info registers -a", "info lapic")
+        ]
+        return registers.lines(*map(str, said))
+
     async def command(
         self, name: str, arguments: dict[str, Any] | None = None, fd: int | None = None
     ) -> Any:
