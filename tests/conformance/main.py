@@ -20,6 +20,7 @@ from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 
+import crio_support
 import critest
 import matrix
 import page
@@ -125,6 +126,7 @@ def main() -> int:
         clients = which == CONTAINERDS[0] and matrix.is_wanting(cells, options.only)
         if todo or clients:
             _run(program or "", todo, results, cells if clients else None, options.only, second=which == "2")
+    matrix.run_crio(cells if CONTAINERDS[0] in daemons else None, options.only)
     current = {key: result for key, result in results.found.items() if key.test in tests}
     known = page.sections(PAGE.read_text())
     # What has not been run in this checkout stays on the page as it is.
@@ -218,6 +220,8 @@ def _client_versions() -> dict[str, str]:
             said = subprocess.run([client, "--version"], capture_output=True, text=True, check=False).stdout
             number = re.search(r"v?(\d+\.\d+[.\d]*)", said)
             found[client] = number[1] if number else ""
+    if not crio_support.lacks():
+        found.update(dict.fromkeys(matrix.CRIO, crio_support.version()))
     return found
 
 

@@ -14,7 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
-from clients import IMAGE, OPERATIONS, Crictl, Ctr, Docker, operations
+from clients import IMAGE, OPERATIONS, Crictl, CriDaemon, Ctr, Docker, operations
+from crio_support import BUSYBOX, Crio, runc_handler
+from crio_support import lacks as crio_lacks
 from nerdctl import Nerdctl
 from rig import ROOT, Rig
 from test_docker import Docker as Dockerd
@@ -29,13 +31,22 @@ REASONS = {
         "(?s)failed: .*read-only file system.*",
         "It goes through /proc/PID/root of the task: the hypervisor's, an empty directory (docs/nerdctl.md).",
     ),
+    "CRI-O oci stats": (
+        "failed: AssertionError: not within .* s: usage",
+        "CRI-O reads the container's cgroup on the host, which has none of what it uses in its guest."
+        " Type vm has the guest's figures.",
+    ),
     "OOM": (
         "OOMKilled 137",
         "runc's shim tells of the kill beside the exit, and now and then too late to be the reason.",
     ),
 }
-"""Operation -> what is seen with kata where it differs from runc, and why."""
+"""Operation, with its client's name before it where it is that one's alone -> what is seen with kata where it differs
+from runc, and why.
+"""
 
+CRIO = {"CRI-O vm": "kata", "CRI-O oci": "kata-oci"}
+"""A column of CRI-O -> the handler that is compared with runc there."""
 _LIKE_DOCKER = {
     "run -it": "yes; status 0",
     "exec -it": "yes; status 0",
@@ -55,6 +66,23 @@ _LIKE_DOCKER = {
     "port": "served",
 }
 """What nerdctl and Docker say alike."""
+_OF_CRI = {
+    "run -d": "CONTAINER_RUNNING",
+    "exec": "in; status 4; .*; status 5",
+    "exec -it": "yes; status 0",
+    "attach": "hello got hello; Error 5",
+    "logs": r"Error 5; \['stderr F err', 'stdout F out'\]",
+    "stop": r"Error 3; \['up', 'bye'\]",
+    "stats": ".*memory.workingSetBytes.*cpu counted: True",
+    "update": "134217728; .*67108864; status 0",
+    "inspect": ".*exitCode.*network.ip.*",
+    "volume": "Error 1; .*Read-only.*",
+    "network": "its address: True; True",
+    "port": "served",
+    "a missing command": ".*executable file not found.*",
+    "OOM": "(OOMKilled|Error) 137",
+}
+"""What crictl says, whichever daemon it asks."""
 EXPECTED = {
     "ctr": {
         "run": "out; err; status 3",
@@ -73,22 +101,7 @@ EXPECTED = {
         "a missing command": ".*executable file not found.*; status 1",
         "OOM": "status 137",
     },
-    "crictl": {
-        "run -d": "CONTAINER_RUNNING",
-        "exec": "in; status 4; .*; status 5",
-        "exec -it": "yes; status 0",
-        "attach": "hello got hello; Error 5",
-        "logs": r"Error 5; \['stderr F err', 'stdout F out'\]",
-        "stop": r"Error 3; \['up', 'bye'\]",
-        "stats": ".*memory.workingSetBytes.*cpu counted: True",
-        "update": "134217728; .*67108864; status 0",
-        "inspect": ".*exitCode.*network.ip.*",
-        "volume": "Error 1; .*Read-only.*",
-        "network": "its address: True; True",
-        "port": "served",
-        "a missing command": ".*executable file not found.*",
-        "OOM": "(OOMKilled|Error) 137",
-    },
+    "crictl": _OF_CRI,
     "nerdctl": {
         **_LIKE_DOCKER,
         "run": "out; err.*; status 3",
@@ -112,6 +125,7 @@ EXPECTED = {
         "a missing command": ".*executable file not found.*status 127",
         "OOM": "137 OOMKilled: true",
     },
+    **dict.fromkeys(CRIO, _OF_CRI),
 }
 """What is seen of each operation that works, with runc; anything else would make the comparison worthless."""
 
@@ -170,7 +184,11 @@ def run(rig: Rig, cells: Cells, only: str) -> None:
         only: Only operations whose name, with their client's, contains this.
     """
     rig.pull(IMAGE)
-    for client in (Ctr(rig), Crictl(rig)):
+    handlers = {"runc": "runc", "kata": "kata"}
+    containerd = CriDaemon(
+        *("crictl", rig.endpoint, rig.directory, rig.inside, rig.daemon.env, IMAGE, "10.89.7.1", handlers)
+    )
+    for client in (Ctr(rig), Crictl(containerd)):
         _run(client.name, operations(client), cells, only)
     if not is_wanting(cells, only):
         return
@@ -192,8 +210,29 @@ def run(rig: Rig, cells: Cells, only: str) -> None:
 
 def is_wanting(cells: Cells, only: str) -> bool:
     """Whether `run` would have something to do."""
-    known = {(client.name, name) for client in (Ctr, Crictl, Nerdctl, Docker) for name in operations(client)}
+    known = {(client.name, name) for client in (Ctr, Nerdctl, Docker) for name in operations(client)}
+    known |= {("crictl", name) for name in operations(Crictl)}
     return any(only in " ".join(key) for key in known - set(cells.found))
+
+
+def run_crio(cells: Cells | None, only: str) -> None:
+    """`run` for CRI-O, which is a daemon of its own; with None nothing is tried."""
+    if cells is None:
+        return
+    known = {(client, name) for client in CRIO for name in operations(Crictl)}
+    if not any(only in " ".join(key) for key in known - set(cells.found)):
+        return
+    if missing := crio_lacks():
+        print(f"no CRI-O: it needs {missing}", flush=True)
+        return
+    with _crio() as crio:
+        for name, handler in CRIO.items():
+            handlers = {"runc": "runc", "kata": handler}
+            daemon = CriDaemon(
+                *(name, crio.endpoint, crio.directory, crio.around, crio.env),
+                *(BUSYBOX, "10.87.7.1", handlers),
+            )
+            _run(name, operations(Crictl(daemon)), cells, only)
 
 
 def _run(client: str, known: Mapping[str, Callable[[str], str]], cells: Cells, only: str) -> None:
@@ -213,6 +252,25 @@ def _seen(operation: Callable[[str], str], runtime: str) -> str:
         return operation(runtime)
     except (AssertionError, subprocess.SubprocessError, OSError, ValueError, LookupError) as error:
         return f"failed: {type(error).__name__}: {str(error)[:300]}"
+
+
+@contextmanager
+def _crio() -> Iterator[Crio]:
+    # A short path: there are sockets in it.
+    directory = Path(tempfile.mkdtemp(prefix="ko", dir="/tmp"))
+    guest, busybox = Path(os.environ["KATA_GUEST_DIR"]), ROOT / "build/images/busybox"
+    crio = Crio(directory, guest, busybox, more=runc_handler(directory))
+    try:
+        crio.make_namespace()
+        crio.start()
+        yield crio
+    finally:
+        crio.ask("rm", "-a", "-f")
+        crio.ask("rmp", "-a", "-f")
+        left = crio.sandboxes()
+        crio.remove()
+        if left:
+            print(f"sandboxes are left: {', '.join(left)}", flush=True)
 
 
 @contextmanager
@@ -243,9 +301,9 @@ def verdict(client: str, operation: str, cell: Cell) -> str:
     return "works" if cell.same else "differs"
 
 
-def why(operation: str, cell: Cell) -> str:
+def why(client: str, operation: str, cell: Cell) -> str:
     """Why an operation differs; empty if that is not known."""
-    seen, reason = REASONS.get(operation, ("", ""))
+    seen, reason = REASONS.get(f"{client} {operation}") or REASONS.get(operation, ("", ""))
     return reason if seen and re.fullmatch(seen, cell.kata) else ""
 
 
@@ -254,7 +312,7 @@ def unexplained(found: Mapping[tuple[str, str], Cell]) -> list[str]:
     return [
         f"{client} {operation}"
         for (client, operation), cell in sorted(found.items())
-        if verdict(client, operation, cell) != "works" and not why(operation, cell)
+        if verdict(client, operation, cell) != "works" and not why(client, operation, cell)
     ]
 
 
@@ -265,15 +323,13 @@ def section(found: Mapping[tuple[str, str], Cell], versions: Mapping[str, str]) 
         found: What was seen.
         versions: Client -> what it calls itself.
     """
-    clients = [
-        name for name in ("ctr", "crictl", "nerdctl", "docker") if any(client == name for client, _ in found)
-    ]
+    clients = [name for name in EXPECTED if any(client == name for client, _ in found)]
     lines = [
         "## What clients can do",
         "",
         "Each operation was done with a runc container and with one of ours, and what a person would see was compared.",
         "An empty cell: the client has no such operation, or it is not tried here.",
-        "nerdctl's containers were containerd 2's.",
+        "nerdctl's containers were containerd 2's. CRI-O was asked by crictl, and had kata as either type.",
         "",
         f"| | {' | '.join(f'{name} {versions.get(name, str())}'.strip() for name in clients)} |",
         "|" + "---|" * (len(clients) + 1),
@@ -290,7 +346,7 @@ def section(found: Mapping[tuple[str, str], Cell], versions: Mapping[str, str]) 
     if differing:
         lines += ["", "| what differs | with runc | with kata | why |", "|---|---|---|---|"]
     for (client, operation), cell in differing:
-        reason = why(operation, cell) or "not known"
+        reason = why(client, operation, cell) or "not known"
         lines.append(f"| {client} {operation} | {_short(cell.runc)} | {_short(cell.kata)} | {reason} |")
     return [*lines, ""]
 

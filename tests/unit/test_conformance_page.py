@@ -66,13 +66,15 @@ def test_what_clients_see_is_compared() -> None:
         # A reason is one for what it names, and for nothing else.
         ("crictl", "OOM"): Cell("Error 137", "OOMKilled 137"),
         ("docker", "top"): Cell("sleep", "bash"),
+        ("CRI-O oci", "run -d"): Cell("CONTAINER_RUNNING", "CONTAINER_RUNNING"),
         # Equal, and worthless: with runc it is not what it should be.
         ("ctr", "pause"): Cell("failed", "failed"),
     }
     assert unexplained(found) == ["ctr kill", "ctr pause", "docker top"]
     text = "\n".join(section(found, {"ctr": "1.6"}))
     for line in (
-        "| run -d | works |",
+        "| | ctr 1.6 | crictl | docker | CRI-O oci |",
+        "| run -d | works |  |  | works |",
         "| top | differs |",
         "| kill | differs |",
         "| pause | not with runc |",
