@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -39,3 +40,29 @@ def test_a_step_leaves_no_temporary_directory(tmp_path: Path, ending: str) -> No
     assert done.stdout.strip() == ("made" if ending == "exit 0" else "skipped"), done.stderr
     assert os.listdir(work) == []
     assert (tmp_path / "made/virtiofsd").exists() == (ending == "exit 0")
+
+
+TOOLS = sorted(
+    path.name
+    for path in SETUP.parent.iterdir()
+    if path.is_file() and path.name != "usage" and b'/usage"\n' in path.read_bytes()
+)
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_a_tool_that_is_asked_for_help_does_nothing_else(tmp_path: Path, name: str) -> None:
+    """``tools/clean --help`` cleaned, and ``tools/setup --help`` waited for the set-up that was going on."""
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for file in ("usage", name):
+        shutil.copy2(SETUP.parent / file, tools / file)
+    kept = tmp_path / "build"
+    kept.mkdir()
+    done = subprocess.run([tools / name, "--help"], capture_output=True, text=True, check=True, timeout=60)
+    first = (tools / name).read_text().splitlines()[1]
+    assert done.stdout.splitlines()[0] == first.removeprefix("# ")
+    assert (done.stderr, sorted(tmp_path.iterdir())) == ("", [kept, tools])
+
+
+def test_the_tools_that_remove_or_install_are_among_them() -> None:
+    assert {"clean", "setup", "renew-constraints", "prove-packages", "bare-machine"} <= set(TOOLS)
