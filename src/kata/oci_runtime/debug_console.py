@@ -42,7 +42,7 @@ def run(root: str, reference: str) -> int:
 
     Raises:
         NotFoundError: There is neither.
-        UsageError: There is no debug console.
+        UsageError: There is no debug console, or no engine.
         KataError: Its engine does not answer.
     """
     from kata.engine.services.debug_console import PROTOCOL
@@ -50,6 +50,11 @@ def run(root: str, reference: str) -> int:
     directory, shell = _sandbox(root, reference)
     try:
         console = management.take_over(os.path.join(directory, paths.MANAGEMENT_SOCKET), _TARGET, PROTOCOL)
+    except NotFoundError:
+        raise UsageError(
+            f"exec: no command, and the engine of sandbox {reference!r} is not running",
+            f"a shell of its container, when it runs: {shell}",
+        ) from None
     except StateError as error:
         raise UsageError(
             f"exec: no command, and there is no debug console of sandbox {reference!r}: {error.message}",
