@@ -453,13 +453,20 @@ def test_the_tests_of_the_command_line_as_an_ordinary_user() -> None:
     if subprocess.run([as_user, "test", "-r", str(ROOT / "src/kata/__main__.py")], check=False).returncode:
         pytest.skip("needs a checkout that other users can read")
     tests = [str(ROOT / "tests/vm" / name) for name in OF_THE_LANE]
-    done = subprocess.run(
-        [as_user, sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", *tests],
-        cwd=ROOT,
-        env={name: os.environ[name] for name in ("PATH", "CI", "KATA_TEST_PATIENCE") if name in os.environ},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    base = Path(tempfile.mkdtemp(prefix="kt-", dir="/tmp"))
+    base.chmod(0o1777)
+    options = ["-p", "no:cacheprovider", "-q", f"--basetemp={base}/t"]
+    try:
+        done = subprocess.run(
+            [as_user, sys.executable, "-m", "pytest", *options, *tests],
+            cwd=ROOT,
+            # Without CI: that says of a run that all new processes are its own, and tests run beside this one.
+            env={name: os.environ[name] for name in ("PATH", "KATA_TEST_PATIENCE") if name in os.environ},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    finally:
+        shutil.rmtree(base)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{len(OF_THE_LANE)} passed" in done.stdout
