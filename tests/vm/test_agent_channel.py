@@ -107,8 +107,15 @@ def host_spec(root: Path, *argv: str) -> oci.Spec:
     )
 
 
+def mounts_of_an_agent(tree: Path) -> set[str]:
+    """The mounts of this namespace where an agent makes some; tests that run beside make others elsewhere."""
+    places = ("/run/kata", "/proc", "/dev", "/sys", "/etc")
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    return {line for line in lines if str(tree) in line or line.split()[4].startswith(places)}
+
+
 def test_containers_on_a_host_leave_it_alone(host: tuple[Path, subprocess.Popen[bytes]], tree: Path) -> None:
-    mounts = Path("/proc/self/mountinfo").read_text()
+    mounts = mounts_of_an_agent(tree)
     name = socket.gethostname()
     peer = connect(host[0])
     peer.tell(
@@ -125,7 +132,7 @@ def test_containers_on_a_host_leave_it_alone(host: tuple[Path, subprocess.Popen[
     box.remove()
     # One that still runs ends with the agent.
     Container(peer, "two", config=host_spec(tree, "sleep", "1000"), disks=[])
-    assert Path("/proc/self/mountinfo").read_text() == mounts
+    assert mounts_of_an_agent(tree) == mounts
     assert socket.gethostname() == name
 
 
