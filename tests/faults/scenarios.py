@@ -18,10 +18,10 @@ from faults.podman_scenarios import ByPodman, Direct
 from faults.scenario import CRASHES, Scenario, Step, until
 from faults.target import Failure, Target
 
-FORGET_S = 10.0
+FORGET_S = 30.0
 """How long containerd may go on saying that there is a task. It does while it clears up after an engine; and when it
 was killed before it had a task made, it connects to what the shim has started (1.6; 1.7 asks whether there is a task),
-until that engine ends."""
+until that engine ends, for which it waits ten seconds for its clients to hang up (`kata.engine.main`)."""
 MAKER_S = 3.0
 """Within that, a machine that is up has started the process that makes its template."""
 
