@@ -78,17 +78,17 @@ def timed(command: list[str], environment: dict[str, str] | None = None) -> floa
     return took
 
 
-def configured(directory: Path, environment: dict[str, str], name: str, line: str) -> dict[str, str]:
-    """An environment whose configuration has one more line in its ``[factory]`` table.
+def configured(directory: Path, environment: dict[str, str], name: str, lines: str) -> dict[str, str]:
+    """An environment whose configuration has these lines in its ``[factory]`` table.
 
     Args:
         directory: Where the configuration file goes, as NAME.toml.
         environment: What the environment has besides.
         name: Of the file.
-        line: A key and its value.
+        lines: Keys and their values.
     """
     conf = directory / f"{name}.toml"
-    conf.write_text(f"[factory]\n{line}\n")
+    conf.write_text(f"[factory]\n{lines}\n")
     return {**environment, CONFIG_VARIABLE: str(conf)}
 
 

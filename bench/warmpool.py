@@ -98,9 +98,9 @@ def configured(tree: Tree, number: int) -> tuple[str, dict[str, str]]:
         tree: The checkout, which is up.
         number: How many.
     """
-    conf = tree.directory / f"pool-{number}.toml"
-    conf.write_text(f"[factory]\nvm_cache_number = {number}\nvm_cache_least_free = 256\n")
-    return str(conf), {**tree.environment, VARIABLE: str(conf)}
+    lines = f"vm_cache_number = {number}\nvm_cache_least_free = 256"
+    environment = start.configured(tree.directory, tree.environment, f"pool-{number}", lines)
+    return environment[VARIABLE], environment
 
 
 def measure(tree: Tree, runc: Callable[[], float], rounds: int) -> Rounds:

@@ -29,6 +29,9 @@ NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXY
 MAX_NAME = 128
 MANAGEMENT_SOCKET = "shim-monitor.sock"
 """Name of an engine's management socket in each of its directories."""
+HANDOVER = "handover://"
+"""In the place of a path for a process's standard input: what follows is the socket of a process of the host, which has
+all its streams and stands for it."""
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
 _DEFAULT_RUN_DIR = "/run/kata"
 FACTORY = "factory"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 
-from kata import sysio
+from kata import paths, sysio
 from kata.errors import ConfigError, KataError, NotFoundError, UnsupportedError, UsageError
 from kata.oci_runtime import containers, records, standing
 from kata.oci_runtime.records import Record
@@ -107,7 +107,7 @@ def create(arguments: Arguments, options: GlobalOptions, *, orphan: bool) -> tup
         record.pid, record.started = stands.pid, sysio.proc_starttime(stands.pid) or 0
         record.write()
         with containers.engine_of(record) as client:
-            client.create(container_id, bundle, terminal=terminal, stdin=f"handover://{stands.path}")
+            client.create(container_id, bundle, terminal=terminal, stdin=paths.HANDOVER + stands.path)
         standing.take_root(stands.pid, record.rootfs, config.get("mounts") or ())
         _write_pid(arguments.value("pid_file"), stands.pid)
         if engine is not None:
@@ -219,7 +219,6 @@ def sandbox_directory(root: str, container_id: str) -> str:
     """The run directory of a container's own sandbox: an id is unique only below its root."""
     import zlib
 
-    from kata import paths
     from kata.shim.names import directory_name
 
     own = root == paths.oci_dir()
@@ -375,7 +374,7 @@ def _exec(arguments: Arguments, options: GlobalOptions) -> int:
         network = f"/proc/{record.pid}/ns/net"
         stands = _stand(record, exec_id, network, console, terminal=terminal, orphan=detached)
         try:
-            engine.exec(record.id, exec_id, process, terminal=terminal, stdin=f"handover://{stands.path}")
+            engine.exec(record.id, exec_id, process, terminal=terminal, stdin=paths.HANDOVER + stands.path)
             _start_exec(engine, record, exec_id)
             _write_pid(arguments.value("pid_file"), stands.pid)
             stands.let_go()

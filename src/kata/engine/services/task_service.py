@@ -11,7 +11,7 @@ import asyncio
 import json
 import os
 
-from kata import __version__
+from kata import __version__, paths
 from kata.engine.containers.container_kill import KILL_S
 from kata.engine.containers.process import CREATED, DELETED, TASK_STATUS
 from kata.engine.containers.process_end import timestamp
@@ -173,13 +173,12 @@ class TaskService:
         Raises:
             KataError: They are of a kind that there is not, or the process does not hand them over.
         """
-        scheme = "handover://"  # its module is imported when somebody uses it
-        if not request.stdin.startswith(scheme):
+        if not request.stdin.startswith(paths.HANDOVER):
             return parse_stdio(request.terminal, request.stdin, request.stdout, request.stderr)
         from kata.engine.containers import host_process
 
         tasks = self._sandbox.tasks
-        process = await tasks.run_blocking(host_process.take, request.stdin.removeprefix(scheme))
+        process = await tasks.run_blocking(host_process.take, request.stdin.removeprefix(paths.HANDOVER))
         process.record(self._sandbox.journal)
         cgroup = self._sandbox.runtime.machine.cgroup
         if (
