@@ -71,11 +71,11 @@ class Metrics:
         packed = accepts_gzip(request.headers.get("Accept-Encoding", ""))
         if packed:
             response.headers["Content-Encoding"] = "gzip"
-        await response.prepare(request)
-        if request.method == "HEAD":
-            await response.write_eof()
-            return response
         try:
+            await response.prepare(request)
+            if request.method == "HEAD":
+                await response.write_eof()
+                return response
             async with reading(request):
                 await self._write(response, whole, modern=modern, packed=packed)
         except ConnectionError as error:

@@ -130,10 +130,14 @@ async def serve(address: access.Address, secrets: access.Secrets, values: Values
     application = pages.application()
 
     async def let_go(_: web.Application) -> None:
-        metrics.close()
         await node.close()
 
+    async def end(_: web.Application) -> None:
+        metrics.close()
+
     application.on_shutdown.append(let_go)
+    # Not before: the scrapes that are going on have `SHUTDOWN_S`, and parse what they get meanwhile.
+    application.on_cleanup.append(end)
     runner = web.AppRunner(application, access_log=None, handle_signals=False, shutdown_timeout=SHUTDOWN_S)
     await runner.setup()
     assert runner.server is not None
@@ -151,16 +155,16 @@ async def serve(address: access.Address, secrets: access.Secrets, values: Values
                 servers.append(await loop.create_unix_server(pages.connections, sock=one, **tls))
             else:
                 servers.append(await loop.create_server(pages.connections, sock=one, **tls))
-        end = asyncio.Event()
+        told = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, end.set)
+            loop.add_signal_handler(number, told.set)
         loop.add_signal_handler(signal.SIGHUP, _reload, secrets)
         scheme = "https" if secrets.tls else "http"
         for one in listening:
             _LOG.info("kata-monitor %s listens on %s", __version__, _shown(one, scheme))
         _LOG.info("sandboxes on this node: %d", len(node.sandboxes()))
         _notify("READY=1")
-        await end.wait()
+        await told.wait()
         _notify("STOPPING=1")
     finally:
         for server in servers:

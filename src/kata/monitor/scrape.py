@@ -70,13 +70,16 @@ class Scraper:
         # Those that failed the last time come last, so that others do not wait for a turn behind them.
         order = sorted(sandboxes, key=lambda one: one.failed)
         outcomes = [Outcome(one, labels(one)) for one in order]
-        tasks = [asyncio.create_task(self._ask(one, until, wanted)) for one in outcomes]
-        if tasks:
-            _, late = await asyncio.wait(tasks, timeout=max(0.0, until - time.monotonic()))
-            for task in late:
+        tasks = {asyncio.create_task(self._ask(one, until, wanted)) for one in outcomes}
+        late = tasks
+        try:
+            if tasks:
+                _, late = await asyncio.wait(tasks, timeout=max(0.0, until - time.monotonic()))
+        finally:
+            for task in late:  # all of them, if nobody waits for this scrape any more
                 task.cancel()
-            if late:
-                await asyncio.wait(late)
+        if late:
+            await asyncio.wait(late)
         outcomes.sort(key=lambda one: one.sandbox.id)
         room = MAX_TOTAL_CHARACTERS
         given = []

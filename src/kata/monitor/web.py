@@ -122,8 +122,9 @@ class Web:
             return refused(error.status, error.reason.lower(), "")
         except Unreachable as error:
             return refused(502, str(error), "kata ps, kata inspect")
-        except ConnectionError:
-            raise
+        except ConnectionError as error:
+            _LOG.info("an answer to %s was not taken: %s", request.path, error)
+            return refused(500, "nobody takes this answer", "")
         except Exception as error:
             from kata import crash
 
