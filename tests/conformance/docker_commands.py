@@ -387,10 +387,11 @@ def main() -> int:
                 record.add(client, rig.versions[client], session, run(rig, client, session))
                 print(f"{client}: {session.name} ({time.monotonic() - started:.0f} s)", flush=True)
     found = rows(listed, record)
-    PAGE.write_text(page(found, record.versions()))
     wanting = [session.name for session in listed if not all(record.seen(one, session) for one in CLIENTS)]
     if wanting:
-        print(f"not run with all clients yet: {', '.join(wanting)}")
+        print(f"not run with all clients yet, so {PAGE.name} stays: {', '.join(wanting)}")
+    else:
+        PAGE.write_text(page(found, record.versions()))
     wrong = [row for row in found if row.verdict in ("wrong", "needless reason")]
     for row in wrong:
         print(f"{row.verdict}: {row.command.line}")

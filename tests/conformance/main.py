@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -128,16 +128,6 @@ def main() -> int:
             _run(program or "", todo, results, cells if clients else None, options.only, second=which == "2")
     matrix.run_crio(cells if CONTAINERDS[0] in daemons else None, options.only)
     current = {key: result for key, result in results.found.items() if key.test in tests}
-    known = page.sections(PAGE.read_text())
-    # What has not been run in this checkout stays on the page as it is.
-    if cells.found:
-        known[page.CLIENTS] = matrix.section(cells.found, _client_versions())
-    if current and program:
-        beside = [line for heading in page.BESIDE for line in known.get(heading, ())]
-        PAGE.write_text(page.page(current, _versions(program), [*known[page.CLIENTS], *beside]))
-    else:
-        PAGE.write_text("".join(f"{line}\n" for lines in known.values() for line in lines))
-    print(f"{PAGE.relative_to(ROOT)} is written")
     missing = [
         key
         for test in tests
@@ -145,12 +135,45 @@ def main() -> int:
         for handler in HANDLERS
         if (key := page.Key(version, handler, test)) not in current
     ]
-    if missing:
-        print(f"{len(missing)} results are missing: run it again without --only and --handler")
+    _write(current, cells, program or "", len(missing))
     unexplained = page.unexplained(current) + matrix.unexplained(cells.found)
     for what in unexplained:
         print(f"runc can do this, kata cannot: {what}")
     return 1 if unexplained else 0
+
+
+def _write(
+    current: Mapping[page.Key, critest.Result], cells: matrix.Cells, program: str, missing: int
+) -> None:
+    """Write the page. What has not been run in this checkout stays on it as it is.
+
+    Args:
+        current: The results of critest.
+        cells: What clients do.
+        program: critest; empty where it was not asked for.
+        missing: How many results of critest there are not yet.
+    """
+    text = PAGE.read_text()
+    known = page.sections(text)
+    if cells.found:
+        known[page.CLIENTS] = matrix.section(cells.found, _client_versions(), known.get(page.CLIENTS, ()))
+    lacking = page.lacking(current, text)
+    if current and not missing and not lacking:
+        beside = [line for heading in page.BESIDE for line in known.get(heading, ())]
+        PAGE.write_text(page.page(current, _versions(program), [*known[page.CLIENTS], *beside]))
+    else:
+        PAGE.write_text("".join(f"{line}\n" for lines in known.values() for line in lines))
+    print(f"{PAGE.relative_to(ROOT)} is written")
+    if missing:
+        print(
+            f"{missing} results are missing, so what it says of critest stays: run it again without --only and"
+            " --handler"
+        )
+    elif current and lacking:
+        print(
+            f"there are no results with containerd {', '.join(lacking)} here, so what it says of critest stays:"
+            " run it again without --containerd, where there is that one"
+        )
 
 
 def _work(only: str, again: list[str], handler: str, *, lab: bool) -> int:

@@ -8,11 +8,12 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import page
 import pytest
 from clients import IMAGE, OPERATIONS, Crictl, CriDaemon, Ctr, Docker, operations
 from crio_support import BUSYBOX, Crio, runc_handler
@@ -316,14 +317,26 @@ def unexplained(found: Mapping[tuple[str, str], Cell]) -> list[str]:
     ]
 
 
-def section(found: Mapping[tuple[str, str], Cell], versions: Mapping[str, str]) -> list[str]:
+def section(
+    found: Mapping[tuple[str, str], Cell], versions: Mapping[str, str], before: Iterable[str] = ()
+) -> list[str]:
     """The matrix's lines of the page.
 
     Args:
         found: What was seen.
         versions: Client -> what it calls itself.
+        before: The section so far: what it says of operations that were not seen here stays.
     """
-    clients = [name for name in EXPECTED if any(client == name for client, _ in found)]
+    lines = list(before)
+    words, titles, differing = _told(lines)
+    for key, cell in found.items():
+        words[key] = verdict(*key, cell)
+        titles[key[0]] = f"{key[0]} {versions.get(key[0], '')}".strip()
+        differing.pop(key, None)
+        if words[key] != "works":
+            told = why(*key, cell) or "not known"
+            differing[key] = f"| {' '.join(key)} | {_short(cell.runc)} | {_short(cell.kata)} | {told} |"
+    clients = [name for name in EXPECTED if any(client == name for client, _ in words)]
     lines = [
         "## What clients can do",
         "",
@@ -331,24 +344,41 @@ def section(found: Mapping[tuple[str, str], Cell], versions: Mapping[str, str]) 
         "An empty cell: the client has no such operation, or it is not tried here.",
         "nerdctl's containers were containerd 2's. CRI-O was asked by crictl, and had kata as either type.",
         "",
-        f"| | {' | '.join(f'{name} {versions.get(name, str())}'.strip() for name in clients)} |",
+        f"| | {' | '.join(titles[name] for name in clients)} |",
         "|" + "---|" * (len(clients) + 1),
     ]
     for operation in OPERATIONS:
-        cells = [found.get((client, operation)) for client in clients]
-        if any(cells):
-            words = [
-                "" if cell is None else verdict(client, operation, cell)
-                for client, cell in zip(clients, cells, strict=True)
-            ]
-            lines.append(f"| {operation} | {' | '.join(words)} |")
-    differing = [(key, cell) for key, cell in sorted(found.items()) if verdict(*key, cell) != "works"]
+        if any((client, operation) in words for client in clients):
+            cells = [words.get((client, operation), "") for client in clients]
+            lines.append(f"| {operation} | {' | '.join(cells)} |")
     if differing:
         lines += ["", "| what differs | with runc | with kata | why |", "|---|---|---|---|"]
-    for (client, operation), cell in differing:
-        reason = why(client, operation, cell) or "not known"
-        lines.append(f"| {client} {operation} | {_short(cell.runc)} | {_short(cell.kata)} | {reason} |")
-    return [*lines, ""]
+    return [*lines, *(line for _, line in sorted(differing.items())), ""]
+
+
+def _told(
+    lines: Sequence[str],
+) -> tuple[dict[tuple[str, str], str], dict[str, str], dict[tuple[str, str], str]]:
+    """What a section says: of operations by client, of the clients' versions, and how some differ (a line each)."""
+    rows = page.table(lines)
+    heading = rows.pop("", [])
+    columns = [_client(title) for title in heading]
+    known = {(client, operation) for client in EXPECTED for operation in EXPECTED[client]}
+    words = {
+        (client, operation): word
+        for operation, cells in rows.items()
+        for client, word in zip(columns, cells, strict=False)
+        if word and (client, operation) in known
+    }
+    titles = {client: title for client, title in zip(columns, heading, strict=True) if client}
+    by_name = {" ".join(key): key for key in words}
+    differing = {by_name[name]: line for line in lines if (name := line[2:].partition(" | ")[0]) in by_name}
+    return words, titles, differing
+
+
+def _client(title: str) -> str:
+    """Whose column a title is, which has the client's version behind its name; empty if nobody's."""
+    return next((name for name in EXPECTED if f"{title} ".startswith(f"{name} ")), "")
 
 
 def _short(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -96,6 +96,19 @@ def sections(text: str) -> dict[str, list[str]]:
         if line.startswith("## "):
             heading = line.removeprefix("## ")
         found.setdefault(heading, []).append(line)
+    return found
+
+
+def table(lines: Iterable[str]) -> dict[str, list[str]]:
+    """The first table of a page's lines: the first cell of each row, and those behind it. The heading comes first."""
+    found: dict[str, list[str]] = {}
+    for line in lines:
+        if line.startswith("|"):
+            if not set(line) <= set("|-: "):
+                first, *others = (cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1])
+                found[first] = others
+        elif found:
+            break
     return found
 
 
@@ -205,6 +218,19 @@ def _note(test: str, runc: Result | None, kata: Result | None) -> str:
 
 def _numbers(version: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", version)]
+
+
+def lacking(results: Mapping[Key, Result], text: str) -> list[str]:
+    """The containerds of whose results a page tells, and of which there are none here.
+
+    Args:
+        results: Of critest.
+        text: The page.
+    """
+    told = [one.rpartition(", ")[0] for one in next(iter(table(text.splitlines()).values()), [])]
+    # A later one of the same series is told of in its place.
+    there = [_numbers(version)[:2] for version in {key.containerd for key in results}]
+    return [one for one in dict.fromkeys(told) if _numbers(one)[:2] not in there]
 
 
 def title(test: str) -> str:

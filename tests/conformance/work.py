@@ -15,12 +15,13 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import marked_page
+import page
 import pytest
 from test_docker import PROGRAMS
 from test_docker import Docker as Dockerd
@@ -279,28 +280,36 @@ def wrong(found: Mapping[tuple[str, str], str]) -> list[str]:
     ]
 
 
-def table(found: Mapping[tuple[str, str], str]) -> list[str]:
-    """The table's lines."""
+def table(found: Mapping[tuple[str, str], str], before: Iterable[str] = ()) -> list[str]:
+    """The table's lines.
+
+    Args:
+        found: What was seen.
+        before: The table so far: what it says of cases that were not seen here stays.
+    """
+    told = page.table(before)
+    columns = told.get("", [])
     lines = [f"| | {' | '.join(COLUMNS)} |", "|" + "---|" * (len(COLUMNS) + 1)]
     for case in CASES:
         cells = []
+        what = str(case.__doc__).replace("|", "\\|")
+        kept = dict(zip(columns, told.get(what, []), strict=False))
         for column in COLUMNS:
             said = found.get((case.__name__, column))
-            word = "" if said is None else verdict(case, column, said)
+            word = kept.get(column, "") if said is None else verdict(case, column, said)
             if said is not None and word == "wrong":
                 word = "`" + said.replace("\n", " ").replace("|", "/").replace("`", "'")[:60] + "`"
             elif word == "differs":
                 word = LIMITS[case][1]
             cells.append(word)
-        what = str(case.__doc__).replace("|", "\\|")
         lines.append(f"| {what} | {' | '.join(cells)} |")
     return lines
 
 
-def write(page: Path, found: Mapping[tuple[str, str], str]) -> None:
-    """Put the table into a page, between its marks.
+def write(path: Path, found: Mapping[tuple[str, str], str]) -> None:
+    """Put the table into a page, between its marks; what it has of other cases and columns stays.
 
     Raises:
         ValueError: The page has no such marks.
     """
-    marked_page.write(page, BEGIN, END, table(found))
+    marked_page.write(path, BEGIN, END, table(found, marked_page.lines_of(path, BEGIN, END)))

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import main
+import marked_page
 import page
 import podman
 import podman_page
 import pytest
+import work
 from critest import Result
 from main import Results
 from matrix import Cell, Cells, section, unexplained
@@ -81,6 +84,44 @@ def test_what_clients_see_is_compared() -> None:
     ):
         assert line in text
     assert "| ctr kill | `status 3` | `status 4` | not known |" in text
+
+
+def test_what_was_not_run_here_stays_on_the_pages() -> None:
+    """A checkout without a record runs one thing alone: of all others the pages say what they have said."""
+    text = main.PAGE.read_text()
+    before = page.sections(text)[page.CLIENTS]
+    assert section({}, {}, before) == before
+    cell = Cell("sleep", "something else")
+    told = section({("docker", "top"): cell, ("ctr", "kill"): cell}, {"docker": "99.1"}, before)
+    changed = [(old, new) for old, new in zip(before, told, strict=False) if old != new]
+    assert len(told) == len(before) + 1  # why `ctr kill` differs
+    assert "docker 99.1" in changed[0][1]
+    assert (
+        changed[0][0].replace("docker 26.1.5", "docker 99.1").replace("ctr 1.6.20", "ctr") == changed[0][1]
+    )
+    assert "| ctr kill | `sleep` | `something else` | not known |" in told
+    assert "| docker top | `sleep` | `something else` | not known |" in told
+    assert sum(line.startswith("| docker top |") for line in told) == 1
+    # What works now is no longer told of as something that differs.
+    told = section({("docker", "top"): Cell("sleep", "sleep")}, {"docker": "26.1.5"}, before)
+    assert not any(line.startswith("| docker top |") for line in told)
+    lines = marked_page.lines_of(main.WORK_PAGE, work.BEGIN, work.END)
+    assert work.table({}, lines) == lines
+    case = work.CASES[0]
+    changed = list(zip(lines, work.table({(case.__name__, "runc"): "odd"}, lines), strict=True))
+    assert [new for old, new in changed if old != new] == [changed[2][1]]
+    assert "| `odd` |" in changed[2][1]
+
+
+def test_a_page_keeps_what_is_said_of_containerds_without_results_here() -> None:
+    results = {
+        of(handler, "a", version): PASSED for handler in page.HANDLERS for version in ("1.6.20", "2.4.2")
+    }
+    text = page.page(results, VERSIONS, [])
+    assert page.lacking(results, text) == []
+    assert page.lacking({of("runc", "a", "1.6.33"): PASSED}, text) == ["2.4.2"]
+    assert page.lacking({}, text) == ["1.6.20", "2.4.2"]
+    assert page.lacking(results, "# A page without a table\n") == []
 
 
 def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
