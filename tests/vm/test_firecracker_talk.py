@@ -150,6 +150,7 @@ def test_how_a_machine_ends_is_told(scripted: Talk) -> None:
             return await asyncio.wait_for(machine.wait(), PATIENCE)
 
     async def scenario() -> None:
+        fc_machine.START_S = 2 * PATIENCE  # nobody waits for the API of one that is gone
         ended = await after("scripted.end")
         assert (ended.status, ended.reason) == (0, "reboot")
         assert ended.error is not None

@@ -46,7 +46,7 @@ def number(answer: Any, *names: str) -> int:
 
 
 async def settle(
-    look: Callable[[], Awaitable[int]], wanted: int, patience_s: float = PATIENCE_S, *, comes: bool
+    look: Callable[[], Awaitable[int]], wanted: int, patience_s: float | None = None, *, comes: bool
 ) -> int:
     """Wait until a size is reached, or comes no nearer; returns the size. The guest says what it is: it may go to and
     fro for ever, or a byte at a time.
@@ -54,14 +54,14 @@ async def settle(
     Args:
         look: Returns the present size, in bytes.
         wanted: The size to reach.
-        patience_s: Give up after this many seconds in which it has come no nearer.
+        patience_s: Give up after this many seconds in which it has come no nearer; None stands for `PATIENCE_S`.
         comes: True while the guest takes memory. Otherwise it gives memory back, and `LET_GO_S` bounds the wait.
     """
     last = await look()
     first = nearest = abs(wanted - last)
     began = moved = time.monotonic()
     while last != wanted:
-        limit_s = patience_s
+        limit_s = PATIENCE_S if patience_s is None else patience_s
         if not comes:
             limit_s = min(limit_s, BEGIN_S if nearest == first else LET_GO_S)
         now = time.monotonic()
@@ -78,7 +78,7 @@ async def plug(
     look: Callable[[], Awaitable[int]],
     request: Callable[[int], Awaitable[object]],
     wanted_mib: int,
-    patience_s: float = PATIENCE_S,
+    patience_s: float | None = None,
 ) -> int:
     """Have a guest plug in so much memory, or give up what is plugged in beyond that.
 
@@ -86,7 +86,8 @@ async def plug(
         look: Returns how much is plugged in, in bytes.
         request: Asks the guest's device for so many bytes.
         wanted_mib: How much, in MiB.
-        patience_s: How long the guest may go without plugging in a block before it is given up.
+        patience_s: How long the guest may go without plugging in a block before it is given up (None:
+            `PATIENCE_S`).
 
     Returns:
         MiB that are plugged in now: more than asked for where the guest does not release all of them.
@@ -118,7 +119,7 @@ async def inflate(
     look: Callable[[], Awaitable[int]],
     request: Callable[[int], Awaitable[object]],
     wanted_mib: int,
-    patience_s: float = PATIENCE_S,
+    patience_s: float | None = None,
 ) -> int:
     """Have a guest's balloon hold so much memory, which is the host's again.
 
@@ -126,7 +127,8 @@ async def inflate(
         look: Returns how much it holds, in bytes.
         request: Asks it to hold so many bytes, a multiple of `MIB`.
         wanted_mib: How much, in MiB.
-        patience_s: How long the guest may make no progress in taking memory back before it is given up.
+        patience_s: How long the guest may make no progress in taking memory back before it is given up (None:
+            `PATIENCE_S`).
 
     Returns:
         MiB that it holds: fewer than asked for where the guest cannot spare them.

@@ -310,8 +310,12 @@ class Firecracker(Running):
             )
 
     async def _client(self) -> ApiClient:
+        # One that is gone is not waited for: its API will not be there any more.
+        await asyncio.wait([self._api, self._ended], return_when=asyncio.FIRST_COMPLETED)
+        if not self._api.done():
+            raise self.failure("connecting to Firecracker")
         try:
-            return await asyncio.shield(self._api)
+            return self._api.result()
         except HypervisorError:
             await asyncio.wait([self._ended], timeout=1.0)  # its exit status explains more
             if self._ended.done():
