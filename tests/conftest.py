@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -143,14 +142,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     if _before not in session.config.stash:
         return
     ours = leftovers.Ours(str(directory), f"{leftovers.MARK}={directory.name}")
-    strict = os.environ.get("CI") == "true"
-    # An engine that is just ending is no leftover.
-    deadline = time.monotonic() + 10
-    while True:
-        left = leftovers.compare(session.config.stash[_before], leftovers.snapshot(), ours, strict)
-        if not left or time.monotonic() > deadline:
-            break
-        time.sleep(0.2)
+    left = leftovers.left_since(session.config.stash[_before], ours, leftovers.is_ours_alone())
     session.config.stash[_left] = left
     if left and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -3,18 +3,31 @@
 On a machine of one's own (CI sets ``CI=true``) every difference counts. Elsewhere other people's virtual
 machines come and go meanwhile, so only that counts which can be traced to this run: by the directory that
 all its paths are below, or by a variable in a process's environment.
+
+Lanes that run beside each other (``KATA_TEST_BESIDE``) cannot tell what is new from what is the other's either. Who
+starts them compares the host before and after all of them instead::
+
+    python tests/leftovers.py before FILE
+    python tests/leftovers.py since FILE    # a line for each leftover; status 1 if there are some
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 MARK = "KATA_TEST_RUN"
 """Environment variable that a test run's processes inherit."""
+BESIDE = "KATA_TEST_BESIDE"
+"""Environment variable: another lane runs meanwhile, and who started both looks for what they left."""
+_ENDING_S = 10.0
+"""An engine that is just ending is no leftover."""
 
 _PROGRAMS = re.compile(
     r"qemu-system|passt|virtiofsd|containerd|dockerd|kata/__main__\.py|docker-registry|kata-agent"
@@ -153,3 +166,37 @@ def compare(before: dict[Thing, str], after: dict[Thing, str], ours: Ours, stric
         if guilty:
             found.append(f"{thing.sort} {thing.name}")
     return sorted(found)
+
+
+def is_ours_alone() -> bool:
+    """Whether everything that is new on this machine is this run's."""
+    return os.environ.get("CI") == "true" and not os.environ.get(BESIDE)
+
+
+def left_since(before: dict[Thing, str], ours: Ours, strict: bool) -> list[str]:
+    """As `compare` with what is there now, once what is just ending has ended."""
+    deadline = time.monotonic() + _ENDING_S
+    while (left := compare(before, snapshot(), ours, strict)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return left
+
+
+def main(what: str, file: str) -> int:
+    """What ``before`` and ``since`` do. On a machine that is not ours alone nothing counts: see each lane's own check.
+
+    Returns:
+        1 when something is left.
+    """
+    if what == "before":
+        Path(file).write_text(json.dumps([*snapshot()]))
+        return 0
+    if not is_ours_alone():
+        return 0
+    before = {Thing(*thing): "" for thing in json.loads(Path(file).read_text())}
+    left = left_since(before, Ours("/no/directory", f"{MARK}=none"), strict=True)
+    print("".join(f"{line}\n" for line in left), end="")
+    return 1 if left else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -85,3 +85,23 @@ def test_a_mount_is_found(ours: leftovers.Ours) -> None:
         subprocess.run(["umount", target], check=True)
     assert found == [f"mount {target} (tmpfs from left)"]
     assert new(before, ours) == []
+
+
+def test_lanes_beside_each_other_are_looked_after_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(leftovers, "_ENDING_S", 0.0)
+    monkeypatch.setenv("CI", "true")
+    monkeypatch.delenv(leftovers.BESIDE, raising=False)
+    file = str(tmp_path / "before")
+    assert leftovers.main("before", file) == 0
+    with process([*WAITS, "qemu-system-x86_64"], stdin=subprocess.PIPE) as pid:
+        assert leftovers.main("since", file) == 1
+        assert f"process {pid} " in capsys.readouterr().out
+        # Each of them counts only what is its own, and so does everybody on a machine that others use.
+        monkeypatch.setenv(leftovers.BESIDE, "1")
+        assert not leftovers.is_ours_alone()
+        monkeypatch.delenv(leftovers.BESIDE)
+        monkeypatch.delenv("CI")
+        assert leftovers.main("since", file) == 0
+    assert capsys.readouterr().out == ""

@@ -42,6 +42,34 @@ def test_a_step_leaves_no_temporary_directory(tmp_path: Path, ending: str) -> No
     assert (tmp_path / "made/virtiofsd").exists() == (ending == "exit 0")
 
 
+@pytest.mark.parametrize("status", [0, 7])
+def test_what_goes_on_aside_is_shown_and_counts(tmp_path: Path, status: int) -> None:
+    script = (
+        f"set -euo pipefail; . <(sed -n '{_ONLY_FUNCTIONS}' {SETUP}); logs={tmp_path}/logs tty=1 aside='' ticking=''\n"
+        "ticker() { exec sleep 60; }; root=.; said() { echo inside; return $1; }\n"
+        f"build() {{ step 'build it' said {status}; }}\n"
+        "aside build; say foreground; joined; say after"
+    )
+    done = subprocess.run(
+        ["bash", "-c", script],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    first, second, *more = done.stderr.splitlines()
+    assert first == "foreground"
+    if status:
+        assert (second, done.returncode) == ("  FAILED build it", 1)
+        assert "    | inside" in more
+        assert "after" not in more
+    else:
+        assert second.startswith("  ok  build it (")
+        assert (more, done.returncode) == (["after"], 0)
+    assert os.listdir(tmp_path) == ["logs"]
+
+
 TOOLS = sorted(
     path.name
     for path in SETUP.parent.iterdir()
