@@ -311,7 +311,8 @@ class Firecracker(Running):
 
     async def _client(self) -> ApiClient:
         # One that is gone is not waited for: its API will not be there any more.
-        await asyncio.wait([self._api, self._ended], return_when=asyncio.FIRST_COMPLETED)
+        either: tuple[asyncio.Future[Any], ...] = (self._api, self._ended)
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not self._api.done():
             raise self.failure("connecting to Firecracker")
         try:
