@@ -26,6 +26,8 @@ MARK = "KATA_TEST_RUN"
 """Environment variable that a test run's processes inherit."""
 BESIDE = "KATA_TEST_BESIDE"
 """Environment variable: another lane runs meanwhile, and who started both looks for what they left."""
+_LAB = "KVM_LAB"
+"""Environment variable: this is in the KVM lab."""
 _ENDING_S = 10.0
 """An engine that is just ending is no leftover."""
 
@@ -162,7 +164,9 @@ def compare(before: dict[Thing, str], after: dict[Thing, str], ours: Ours, stric
                 strict and any(f"({kind}" in thing.name for kind in _FILE_SYSTEMS)
             )
         else:
-            guilty = strict or ours.in_text(text) or ours.in_text(thing.name)
+            # Below the KVM lab's /tmp is that of the machine which it runs on, where others are at work.
+            others = thing.sort == "temporary file" and _LAB in os.environ
+            guilty = (strict and not others) or ours.in_text(text) or ours.in_text(thing.name)
         if guilty:
             found.append(f"{thing.sort} {thing.name}")
     return sorted(found)

@@ -105,3 +105,21 @@ def test_lanes_beside_each_other_are_looked_after_as_one(
         monkeypatch.delenv("CI")
         assert leftovers.main("since", file) == 0
     assert capsys.readouterr().out == ""
+
+
+def test_files_of_the_machine_that_the_lab_runs_on_are_not_the_labs(
+    ours: leftovers.Ours, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("KVM_LAB", raising=False)
+    before = leftovers.snapshot()
+    path = Path(f"/tmp/kt-of-another-{os.getpid()}")
+    path.touch()
+    try:
+        line = f"temporary file {path}"
+        assert line in new(before, ours, strict=True)
+        monkeypatch.setenv("KVM_LAB", "1")
+        assert line not in new(before, ours, strict=True)
+        own = leftovers.Ours(str(path), ours.mark)
+        assert line in new(before, own, strict=True)
+    finally:
+        path.unlink()
