@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -127,9 +128,11 @@ def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     )
     monkeypatch.setattr(resolving, "resolve", lambda *_, **__: image)
 
-    def make(*arguments: str) -> records.Container:
-        parsed = run.COMMANDS["create"].parse([*arguments, "image"])
-        return making.make_container(parsed, run.SELDOM, auto_remove=False)
+    def make(*arguments: str, command: str = "create", auto_remove: bool = False) -> records.Container:
+        parsed = run.COMMANDS[command].parse([*arguments, "image"])
+        return making.make_container(
+            parsed, run.SELDOM, auto_remove=auto_remove, made_to_run=command == "run"
+        )
 
     return make
 
@@ -138,6 +141,25 @@ needs_mkfs = pytest.mark.skipif(
     not (shutil.which("mkfs.ext4") or os.path.exists("/usr/sbin/mkfs.ext4")),
     reason="needs mkfs.ext4 (apt-get install e2fsprogs)",
 )
+
+
+@needs_mkfs
+@pytest.mark.parametrize(
+    ("command", "auto_remove", "checksums"),
+    [("run", True, False), ("run", False, True), ("create", True, True)],
+)
+def test_only_disks_that_outlive_their_machine_have_checksums(
+    made: Any, command: str, auto_remove: bool, checksums: bool
+) -> None:
+    container = made("-v", "/a", command=command, auto_remove=auto_remove)
+    for name in ("rw.img", "volume-0.img"):
+        disk = os.path.join(container.directory, name)
+        said = subprocess.run(
+            ["dumpe2fs", "-h", disk],
+            env={"PATH": "/usr/sbin:/sbin:/usr/bin:/bin"}, check=True, capture_output=True, text=True,
+        ).stdout  # fmt: skip
+        assert "has_journal" in said
+        assert ("metadata_csum" in said) is checksums
 
 
 @needs_mkfs

@@ -191,11 +191,13 @@ def _commit(
     """Make a container's disks, and record it."""
     from kata.storage import ext4
 
+    # What `kata create` has made can be copied to before it runs: its disk has two machines.
+    scratch = record["auto_remove"] and record["made_to_run"]
     if record["upper"] == "disk":
-        ext4.make_writable(pending.path("rw.img"), record["storage_size"])
+        ext4.make_writable(pending.path("rw.img"), record["storage_size"], scratch=scratch)
     for name, volume in volumes:
         if not volume.name:
-            ext4.make_writable(pending.path(name), volume.size, "volume", "volume-opt=size")
+            ext4.make_writable(pending.path(name), volume.size, "volume", "volume-opt=size", scratch=scratch)
     if id_file is not None:
         id_file.write(pending.id)
     if record.get("restart"):

@@ -342,6 +342,7 @@ class SnapshotRoot:
             "writable layer",
             "rootfs_upper_layer_size",
             scratch=True,
+            directories=False,
         )
 
     # ---- the end ----
