@@ -155,6 +155,10 @@ class AgentTimeoutError(AgentError):
         super().__init__(message, hint, code)
 
 
+class StarvedError(AgentTimeoutError):
+    """The agent did not answer in time, since the host kept its virtual machine from running."""
+
+
 class GuestProtocolError(KataError):
     """The guest sent something that the protocol does not allow; its sandbox is ended."""
 

@@ -12,6 +12,7 @@ import pytest
 
 from kata.engine.factory import maker
 from kata.engine.factory import template as templates
+from kata.errors import StarvedError
 from kata.hypervisor import tsc
 from kata.hypervisor.base import Capabilities, MachineShape
 from kata.hypervisor.qemu.monitor import MONITOR
@@ -180,3 +181,13 @@ def test_one_that_nobody_has_used_for_two_weeks_goes(tmp_path: Path) -> None:
     assert maker.destroy(str(tmp_path)) == [kept.name]
     assert not torn.exists()
     assert maker.failures(str(tmp_path)) == []
+
+
+def test_what_a_busy_host_kept_from_being_made_is_soon_made_again(tmp_path: Path) -> None:
+    wanted = templates.Template(str(tmp_path), "0" * 32)
+    maker.write_failure(wanted, StarvedError("the host was busy"), counts_s=0.3)
+    assert templates.failure(wanted) == "the host was busy"
+    time.sleep(0.4)
+    assert templates.failure(wanted) == ""
+    maker.write_failure(wanted, StarvedError("no room"))
+    assert templates.failure(wanted) == "no room"

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import signal
+import struct
 import subprocess
 import time
 from pathlib import Path
@@ -228,11 +229,13 @@ def test_nothing_that_is_broken_is_used(templates: Kata, busybox_image: str) -> 
     assert "template was removed" in done.stderr.decode()
     assert status(kata)["templates"] == []
     assert "a machine did not go on from it" in path_of(kata, *run, "true")
-    # Nor one whose file cannot be opened: its start says so, and others boot.
+    # One whose file cannot be opened costs nothing but the time of a boot: nothing was begun with it.
     kata.ok("factory", "init", "--network", "none")
     (one,) = status(kata)["templates"]
     (Path(one["path"]) / "state").unlink()
-    assert "template was removed" in kata.call("run", "--rm", *run, "true").stderr.decode()
+    said = path_of(kata, *run, "true")
+    assert said.startswith("start: cold: its template was of no use: cannot use the machine saved in"), said
+    assert status(kata)["templates"] == []
     assert "a machine did not go on from it" in path_of(kata, *run, "true")
     kata.ok("factory", "init", "--network", "none")
     assert path_of(kata, *run, "true") == "start: template"
@@ -264,6 +267,101 @@ def test_one_whose_machine_was_killed_is_kept(templates: Kata, busybox_image: st
         assert len(status(kata)["templates"]) == 1
         assert not status(kata)["failures"]
     assert path_of(kata, *run[2:]) == "start: template"
+
+
+def hypervisor(kata: Kata, start: subprocess.Popen[bytes]) -> int:
+    """The hypervisor of the only sandbox, as soon as it is there."""
+    while True:
+        assert start.poll() is None, start.communicate()[1].decode()
+        for sandbox in kata.sandboxes():
+            title = f"machine of {sandbox}".encode()
+            for pid in filter(str.isdecimal, os.listdir("/proc")):
+                try:
+                    if title in Path(f"/proc/{pid}/cmdline").read_bytes():
+                        return int(pid)
+                except OSError:
+                    continue
+
+
+def put_to_sleep(directory: Path, initrd: Path) -> int:
+    """Have the agent in a template do nothing but sleep, from where it is on.
+
+    Returns:
+        How many pages of its program were found in the guest's memory.
+    """
+    archive = initrd.read_bytes()
+    program = archive[archive.index(b"\x7fELF") :]
+    (headers,) = struct.unpack_from("<Q", program, 32)
+    size, count = struct.unpack_from("<HH", program, 54)
+    pages = set()
+    for number in range(count):
+        kind, flags, offset, _, _, length = struct.unpack_from("<IIQQQQ", program, headers + number * size)
+        if kind == 1 and flags & 1:  # PT_LOAD, PF_X
+            pages |= {program[at : at + 4096] for at in range(offset & ~4095, offset + length - 4096, 4096)}
+    # Whatever is called, and wherever something returns to: nothing, up to pause(2), again and again.
+    sleep = b"\x90" * (4096 - 9) + b"\xb8\x22\x00\x00\x00\x0f\x05\xeb\xf7"
+    memory = directory / "memory"
+    memory.chmod(0o600)
+    found = 0
+    with open(memory, "r+b") as file:
+        end, last = 0, memory.stat().st_size
+        while end < last:
+            try:
+                at = os.lseek(file.fileno(), end, os.SEEK_DATA)
+            except OSError:
+                break
+            end = os.lseek(file.fileno(), at, os.SEEK_HOLE)
+            for place in range(at, end, 4096):
+                if os.pread(file.fileno(), 4096, place) in pages:
+                    os.pwrite(file.fileno(), sleep, place)
+                    found += 1
+    return found
+
+
+def test_a_machine_that_did_not_get_to_run_costs_no_template(templates: Kata, busybox_image: str) -> None:
+    """It is waited for longer, and if that is in vain, its template is not why."""
+    kata = templates
+    kata.ok("factory", "init", "--network", "none")
+    kata.env["KATA_BOOT_TIMEOUT"] = "10"
+    run = ["run", "--rm", "--timings", "--network", "none", busybox_image, "true"]
+    start = kata.start(*run)
+    pid = hypervisor(kata, start)
+    os.kill(pid, signal.SIGSTOP)
+    time.sleep(11)
+    assert start.poll() is None, start.communicate()[1].decode()
+    os.kill(pid, signal.SIGCONT)
+    errors = start.communicate(timeout=120)[1].decode()
+    assert start.returncode == 0, errors
+    assert "start: template" in errors
+    # One that answers not before it is stopped.
+    (one,) = status(kata)["templates"]
+    assert put_to_sleep(Path(one["path"]), Path(one["machine"]["initrd"])) > 10
+    start = kata.start(*run)
+    os.kill(hypervisor(kata, start), signal.SIGSTOP)
+    errors = start.communicate(timeout=120)[1].decode()
+    assert start.returncode == 125, errors
+    assert "of which the host kept its virtual machine from running" in errors
+    assert "template" not in errors
+    assert "KATA_BOOT_TIMEOUT" in errors
+    assert len(status(kata)["templates"]) == 1
+    assert not status(kata)["failures"]
+
+
+def test_one_whose_guest_has_its_time_and_is_silent_goes(templates: Kata, busybox_image: str) -> None:
+    kata = templates
+    kata.env["KATA_TEMPLATES"] = "use"
+    kata.ok("factory", "init", "--network", "none")
+    (one,) = status(kata)["templates"]
+    assert put_to_sleep(Path(one["path"]), Path(one["machine"]["initrd"])) > 10
+    kata.env["KATA_BOOT_TIMEOUT"] = "4"
+    run = ["--network", "none", busybox_image, "true"]
+    done = kata.call("run", "--rm", *run)
+    assert done.returncode == 125
+    assert "the agent did not answer within" in done.stderr.decode()
+    assert "template was removed" in done.stderr.decode()
+    assert status(kata)["templates"] == []
+    kata.env["KATA_BOOT_TIMEOUT"] = "60"
+    assert "a machine did not go on from it" in path_of(kata, *run)
 
 
 def test_two_makers_and_a_killed_one(templates: Kata) -> None:

@@ -379,7 +379,7 @@ class AgentClient:
         request = agent_pb.SetGuestDateTimeRequest(Sec=now_ns // 10**9, Usec=now_ns % 10**9 // 1000)
         await self._empty("SetGuestDateTime", request)
 
-    async def reseed(self, data: bytes, timeout_s: float = CALL_S) -> None:
+    async def reseed(self, data: bytes, timeout_s: float | None = CALL_S) -> None:
         """Add random bytes to the entropy pool of the guest's kernel."""
         await self._empty("ReseedRandomDev", agent_pb.ReseedRandomDevRequest(data=data), timeout_s)
 

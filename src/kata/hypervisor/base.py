@@ -234,6 +234,9 @@ class Attachments:
             namespace of our own.
         saves_into: An existing directory into which the machine will be saved (`Machine.save`): a monitor may keep its
             memory there from the start. Empty where that is not known.
+
+    Attributes:
+        is_closed: A monitor was given it, and has taken or closed what it needs.
     """
 
     __slots__ = (
@@ -241,6 +244,7 @@ class Attachments:
         "disks",
         "host_devices",
         "host_nodes",
+        "is_closed",
         "nics",
         "run_dir",
         "sandbox_id",
@@ -276,9 +280,11 @@ class Attachments:
         self.share_server = share_server
         self.serves_files = serves_files
         self.confines = confines
+        self.is_closed = False
 
     def close(self) -> None:
         """Close the descriptors that nobody took. Idempotent."""
+        self.is_closed = True
         for nic in self.nics:
             nic.close()
 

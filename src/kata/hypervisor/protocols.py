@@ -308,7 +308,9 @@ class Monitor(Protocol):
 
         Raises:
             UnsupportedError: `Capabilities.snapshot` is not there.
-            HypervisorError: What was saved cannot be used, or the process could not be started.
+            SavedMachineError: What was saved is of no use. If that was found out at once, the attachments are not
+                closed, and good for a `start`.
+            HypervisorError: The process could not be started.
         """
 
     def program(self, options: Mapping[str, Any]) -> str:

@@ -94,6 +94,16 @@ def open_files(directory: str, names: Sequence[str]) -> dict[str, int]:
     return found
 
 
+def check_whole(directory: str, names: Sequence[str]) -> None:
+    """See to it that what a monitor has saved is there, before anything is given to one that is to go on from it.
+
+    Raises:
+        SavedMachineError: A file is missing, or cannot be read.
+    """
+    for fd in open_files(directory, names).values():
+        os.close(fd)
+
+
 def files(directory: str, names: Sequence[str]) -> list[File]:
     """The same files, for `kata.hypervisor.access`."""
     return [File(name, os.path.join(directory, name)) for name in names]

@@ -17,7 +17,7 @@ import time
 
 from kata import launcher, paths, sysio
 from kata.engine.factory import template as templates
-from kata.errors import HostError, HypervisorError, KataError
+from kata.errors import AgentTimeoutError, HostError, HypervisorError, KataError, StarvedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -39,11 +39,15 @@ JUST_USED_S = 60.0
 LEAST_FREE = 512 << 20
 """Bytes that the file system has to have free for one to be made."""
 READY_S = 120.0
+STARVED_S = 60.0
+"""How long none is made anew after one that an overloaded host kept from being made."""
 QUIET_S = 0.3
 """How long the guest has after the last call: it learns that nobody is connected, and has done what it put off."""
 _LOCK = "lock"
 _LOCK_FD = 3
 """Of the process that `launch` starts: it has had the lock since before it was executed."""
+_STARVED = 3
+"""Exit status of the process that boots and saves the machine: the host's load kept it from that."""
 _HEXADECIMAL = frozenset("0123456789abcdef")
 _MAKING = ".making-"
 OURS = (_MAKING, ".gone-", ".broken-")
@@ -113,6 +117,9 @@ def main() -> int:
     monitor = registry.find(name)
     try:
         make(wanted, monitor, MachineShape(**plain), lock=_LOCK_FD)
+    except StarvedError as error:
+        write_failure(wanted, error, STARVED_S)
+        return 1
     except KataError as error:
         write_failure(wanted, error)
         return 1
@@ -171,11 +178,21 @@ def _make(wanted: Template, monitor: Monitor, shape: MachineShape) -> None:
         os.unlink(f"{wanted.path}.{templates.FAILED}")
 
 
-def write_failure(wanted: Template, error: KataError) -> None:
-    """Have engines know why there is no template, so that not each of them tries."""
+def write_failure(wanted: Template, error: KataError, counts_s: float = templates.FAILED_S) -> None:
+    """Have engines know why there is no template, so that not each of them tries.
+
+    Args:
+        wanted: Which.
+        error: Why.
+        counts_s: For how long.
+    """
+    path = f"{wanted.path}.{templates.FAILED}"
     with contextlib.suppress(OSError):
         paths.make_dirs(wanted.root, 0o711)
-        sysio.replace_file(f"{wanted.path}.{templates.FAILED}", error.message[:500].encode())
+        sysio.replace_file(path, error.message[:500].encode())
+        if counts_s < templates.FAILED_S:
+            since = time.time() - (templates.FAILED_S - counts_s)
+            os.utime(path, (since, since))
 
 
 def _in_a_child(monitor: Monitor, shape: MachineShape, directory: str) -> None:
@@ -184,32 +201,32 @@ def _in_a_child(monitor: Monitor, shape: MachineShape, directory: str) -> None:
     maker = os.getpid()
     child = os.fork()
     if child == 0:
-        words = b"its process was not started"
+        status = 1
         try:
             sysio.die_with_parent(maker)
             os.close(read)
-            words = _outcome(monitor, shape, directory)
+            status, words = _outcome(monitor, shape, directory)
             os.write(write, words[:4000])
         finally:
-            os._exit(1 if words else 0)
+            os._exit(status)
     os.close(write)
     with os.fdopen(read, "rb") as file:
         words = file.read()
-    if os.waitpid(child, 0)[1] != 0:
-        raise HypervisorError(
-            f"cannot make a template: {words.decode('utf-8', 'replace') or 'its process was killed'}"
-        )
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status:
+        kind = StarvedError if status == _STARVED else HypervisorError
+        raise kind(f"cannot make a template: {words.decode('utf-8', 'replace') or 'its process was killed'}")
 
 
-def _outcome(monitor: Monitor, shape: MachineShape, directory: str) -> bytes:
-    """Boot and save the machine. Returns what went wrong; nothing if it was saved."""
+def _outcome(monitor: Monitor, shape: MachineShape, directory: str) -> tuple[int, bytes]:
+    """Boot and save the machine. Returns an exit status, and what went wrong: 0 and nothing if it was saved."""
     try:
         _boot(monitor, shape, directory)
     except KataError as error:
-        return error.message.encode()
+        return _STARVED if isinstance(error, StarvedError) else 1, error.message.encode()
     except BaseException as error:
-        return repr(error).encode()
-    return b""
+        return 1, repr(error).encode()
+    return 0, b""
 
 
 def _boot(monitor: Monitor, shape: MachineShape, directory: str) -> None:
@@ -266,6 +283,7 @@ async def _save(
 ) -> None:
     from kata.agent.client import AgentClient
     from kata.engine.factory import warm_up
+    from kata.engine.lifecycle import watch
     from kata.ttrpc.client import Client
 
     machine: Machine = monitor.adopt(started, journal)
@@ -275,7 +293,7 @@ async def _save(
         await machine.confined()
         agent = AgentClient(await Client.connect(await machine.channel.connect()))
         try:
-            await agent.check(READY_S)
+            await agent.check(None)
             if rehearses:
                 await warm_up.run(agent, "")
         finally:
@@ -286,14 +304,18 @@ async def _save(
 
     preparing = asyncio.ensure_future(prepare())
     try:
-        both: set[asyncio.Future[Any]] = {ended, preparing}
-        await asyncio.wait(both, timeout=READY_S, return_when=asyncio.FIRST_COMPLETED)
+        # Of all processes this one and its machine have the lowest priority.
+        patience = watch.Patience(machine.pid, READY_S)
+        await patience.wait(ended, preparing, what="get ready to be saved")
         if preparing.done():
-            await preparing
-        elif ended.done():
-            raise ended.result().error or HypervisorError("the machine ended")
+            try:
+                await preparing
+            except AgentTimeoutError as error:  # of one of the calls
+                if patience.starved_s > patience.counted_s:
+                    raise StarvedError(error.message) from error
+                raise
         else:
-            raise HypervisorError(f"the machine was not ready within {READY_S:g} s")
+            raise ended.result().error or HypervisorError("the machine ended")
     finally:
         preparing.cancel()
         await machine.stop()

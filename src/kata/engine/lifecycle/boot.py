@@ -458,7 +458,12 @@ class Boot:
             return self.monitor.restore(found.path, self._attachments, self._journal, shape)
         except SavedMachineError as error:
             self.machine.distrust_template(error)
-            raise
+            if self._attachments.is_closed:
+                raise
+            self.note(f"the machine boots, since its template was of no use: {error.message}")
+            self.machine.fill_pool = None  # which would wait for machines of that template
+            self.machine.came_by(COLD, f"its template was of no use: {error.message}")
+            return None
 
     def _fill_pool(self, template: Template, shape: MachineShape) -> str:
         """Have another such machine wait when this one is up, if the configuration says so.

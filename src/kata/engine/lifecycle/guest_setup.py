@@ -12,10 +12,10 @@ import time
 from kata import sysio
 from kata.agent.client import boot_times
 from kata.agent.text import last_lines
-from kata.engine.lifecycle import first_calls
+from kata.engine.lifecycle import first_calls, watch
 from kata.engine.lifecycle.first_calls import READY_S, SEED_BYTES
 from kata.engine.lifecycle.sandbox_state import SandboxState
-from kata.errors import AgentTimeoutError, HypervisorError, KataError, VMLostError
+from kata.errors import AgentTimeoutError, HypervisorError, KataError, StarvedError, VMLostError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ async def bring_up(sandbox: BootingSandbox) -> AgentClient:
     except KataError as error:
         # It never answered, and nobody has ended it.
         asked = sandbox.runtime.life.state not in (SandboxState.BOOTING, SandboxState.FAILED)
-        if step.name != SETTING_UP and not asked and not _ended_otherwise(sandbox.runtime):
+        if step.name != SETTING_UP and not asked and not _ended_otherwise(sandbox.runtime, error):
             sandbox.runtime.machine.distrust_template(error)
         raise explain(sandbox, step.name, error, await _processors(sandbox.runtime, error)) from error
     finally:
@@ -88,8 +88,15 @@ async def _processors(runtime: MachineRuntime, error: KataError) -> list[str]:
         return []
 
 
-def _ended_otherwise(runtime: MachineRuntime) -> bool:
-    """Whether it is known of a machine that did not come up that its template is not why."""
+def _ended_otherwise(runtime: MachineRuntime, error: KataError) -> bool:
+    """Whether it is known of a machine that did not come up that its template is not why.
+
+    Args:
+        runtime: The machine's.
+        error: What came of its start.
+    """
+    if isinstance(error, StarvedError):
+        return True
     files = runtime.machine.files
     ended = runtime.vm_ended
     if ended is None or ended.reason == "stopped":  # it stood still; or it was given up
@@ -117,16 +124,19 @@ async def _bring_up(sandbox: BootingSandbox, step: _Step) -> AgentClient:
     runtime = sandbox.runtime
     machine = runtime.machine
     step.name = "waiting for the agent in the guest"
-    ready_s = sandbox.settings.described().guest.ready_s or READY_S
-    agent = await runtime.connect_agent(ready_s)
+    assert runtime.vm is not None
+    patience = watch.Patience(runtime.vm.pid, sandbox.settings.described().guest.ready_s or READY_S)
+    agent = await runtime.connect_agent(patience)
     has_waited = machine.waiting is not None
     seeds_first = (
         machine.is_clone and not has_waited
     )  # one that waited has drawn nothing since it was seeded
     if machine.calls_made:
-        await _answered(agent.reseed(b"", ready_s), runtime.life.exit_reason)  # with what it was given
+        await _answered(
+            agent.reseed(b"", None), runtime.life.exit_reason, patience
+        )  # with what it was given
     elif not has_waited:  # otherwise it has just answered
-        await _answered(agent.check(ready_s), runtime.life.exit_reason)
+        await _answered(agent.check(None), runtime.life.exit_reason, patience)
     answered_ns = time.monotonic_ns()
 
     step.name = SETTING_UP
@@ -135,7 +145,6 @@ async def _bring_up(sandbox: BootingSandbox, step: _Step) -> AgentClient:
         await agent.reseed(os.urandom(SEED_BYTES))
     features = asyncio.ensure_future(_learn_features(agent, machine.waiting))
     _begin_network(sandbox, agent, features)
-    assert runtime.vm is not None
     calls: list[Awaitable[object]] = [
         runtime.vm.confined(),
         agent.create_sandbox(first_calls.sandbox_request(machine, sandbox.settings)),
@@ -161,16 +170,17 @@ async def _learn_features(agent: AgentClient, waiting: Waiting | None) -> None:
         await agent.negotiate_features()
 
 
-async def _answered(call: Coroutine[Any, Any, None], exit_reason: asyncio.Future[KataError]) -> None:
+async def _answered(
+    call: Coroutine[Any, Any, None], exit_reason: asyncio.Future[KataError], patience: watch.Patience
+) -> None:
     """Return when the agent has answered its first call.
 
     On a serial channel the question waits in the pipe until the guest's driver takes it: one call is enough,
     no polling, and the answer comes the moment that the agent can give it.
     """
     check = asyncio.ensure_future(call)
-    both: set[asyncio.Future[Any]] = {check, exit_reason}
     try:
-        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        await patience.wait(check, exit_reason)
         if exit_reason.done():
             raise exit_reason.result()
         await check

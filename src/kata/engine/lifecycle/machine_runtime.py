@@ -11,7 +11,7 @@ from kata.agent.text import escape_line
 from kata.engine.lifecycle import boot, watch
 from kata.engine.lifecycle.sandbox_state import Lifecycle, SandboxState
 from kata.engine.log import GuestLines, LoggedDurations
-from kata.errors import AgentTimeoutError, KataError, StateError, VMLostError
+from kata.errors import KataError, StateError, VMLostError
 from kata.ttrpc.client import Client
 
 TYPE_CHECKING = False
@@ -186,8 +186,11 @@ class MachineRuntime:
         console = os.path.join(self._run_dir, boot.CONSOLE_NAME)
         return machine.monitor.adopt(machine.started, self._journal, console)
 
-    async def connect_agent(self, timeout_s: float) -> AgentClient:
+    async def connect_agent(self, patience: watch.Patience) -> AgentClient:
         """The connection to the agent; on a serial channel it is there before the guest is.
+
+        Args:
+            patience: How long the guest has, here and until its first answer.
 
         Raises:
             AgentTimeoutError: It did not listen in time.
@@ -204,12 +207,12 @@ class MachineRuntime:
             dial = further
         if self.machine.waiting is not None:
             return self._agent_of(self.machine.waiting.client, dial)
+        connecting = asyncio.ensure_future(channel.connect())
         try:
-            sock = await self.race_vm_exit(asyncio.wait_for(channel.connect(), timeout_s))
-        except TimeoutError:
-            raise AgentTimeoutError(
-                f"the agent did not listen on {channel.url} within {timeout_s:g} s"
-            ) from None
+            await self.race_vm_exit(patience.wait(connecting, what=f"listen on {channel.url}"))
+            sock = await connecting
+        finally:
+            connecting.cancel()
         made = self.machine.calls_made
         agent = self._agent_of(await Client.connect(sock, made=made.values()), dial)
         agent.calls_made = dict(made)

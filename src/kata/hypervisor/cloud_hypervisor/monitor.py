@@ -80,9 +80,11 @@ class CloudHypervisorMonitor(RustVmmMonitor):
         """See `kata.hypervisor.protocols.Monitor.restore`."""
         from kata.hypervisor import saved
         from kata.hypervisor.cloud_hypervisor import process
+        from kata.hypervisor.cloud_hypervisor.saved import FILES
 
+        shape = shape or saved.shape_of(directory)
+        saved.check_whole(directory, FILES)
         try:
-            shape = shape or saved.shape_of(directory)
             program = self.PROGRAM.of(shape)
             root = self.root(attachments, journal)
             return process.restore(program, shape, directory, attachments, journal, root)

@@ -72,10 +72,11 @@ class FirecrackerMonitor(RustVmmMonitor):
     ) -> FirecrackerProcess:
         """See `kata.hypervisor.protocols.Monitor.restore`."""
         from kata.hypervisor import saved
-        from kata.hypervisor.firecracker import process
+        from kata.hypervisor.firecracker import config, process
 
+        shape = shape or saved.shape_of(directory)
+        saved.check_whole(directory, config.SAVED_FILES)
         try:
-            shape = shape or saved.shape_of(directory)
             program = self.PROGRAM.of(shape)
             root = self.root(attachments, journal)
             return process.restore(program, shape, directory, attachments, journal, root)

@@ -85,16 +85,13 @@ class QemuMonitor(MonitorBase):
         """See `kata.hypervisor.protocols.Monitor.restore`."""
         from kata.hypervisor.qemu import saving
 
-        try:
-            if shape is None:
-                from kata.hypervisor import saved
+        # Who knows the shape has it from the key of a template, whose memory is a file of its own.
+        by_file = shape is not None
+        if shape is None:
+            from kata.hypervisor import saved
 
-                shape = saved.shape_of(directory)
-                return self._start(shape, attachments, journal, saving.Saved(directory))
-            # A template: who knows the shape has it from its key.
-            return self._start(shape, attachments, journal, saving.Saved(directory, by_file=True))
-        finally:
-            attachments.close()
+            shape = saved.shape_of(directory)
+        return self._start(shape, attachments, journal, saving.Saved(directory, by_file=by_file))
 
     def _start(
         self, shape: MachineShape, attachments: Attachments, journal: Journal, saved: Saved | None = None
