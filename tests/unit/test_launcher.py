@@ -88,3 +88,21 @@ def test_what_there_is_not_is_told_as_ever(tree: Path) -> None:
     said(tree, LOADERS)
     assert "No module named 'kata.part.other'" in said(tree, "import kata.part.other")
     assert "No module named 'kata.other'" in said(tree, "import kata.other.module")
+
+
+def test_what_waits_for_the_end_of_a_process_is_done_in_its_order(tree: Path) -> None:
+    program = (
+        "import atexit, threading, time\n"
+        "def late():\n"
+        "    time.sleep(0.2)\n"
+        "    print('thread')\n"
+        "atexit.register(lambda: print('function'))\n"
+        "threading.Thread(target=late).start()\n"
+        "launcher.leave(launcher.let_go(3))\n"
+    )
+    assert said(tree, program) == "thread\nfunction\n"
+
+
+def test_a_process_leaves_with_its_status(tree: Path) -> None:
+    whole = f"import sys; sys.path.append({str(tree)!r})\nfrom kata import launcher\nlauncher.leave(3)"
+    assert subprocess.run([sys.executable, "-I", "-S", "-c", whole], check=False).returncode == 3
