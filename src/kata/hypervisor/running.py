@@ -42,6 +42,7 @@ class Running:
         self._loop = asyncio.get_running_loop()
         self._ended: asyncio.Future[Ended] = self._loop.create_future()
         self._stopping = False
+        self._releasing = False
         self._disk_callbacks: list[Callable[[DiskError], None]] = []
         self._console = process.take_console()
         self._figures: Figures | None = None
@@ -105,6 +106,10 @@ class Running:
         if not self._ended.done() and grace_s > 0:
             await self._end_in_order(grace_s)
         self._process.child.kill()
+        if not (self._releasing or self._ended.done()):
+            # Most of its end is the freeing of its memory, which two can do in less time than one.
+            self._releasing = True
+            self._loop.run_in_executor(None, _release_memory, sysio.Fd(os.dup(self._process.pidfd)))
         return await self.wait()
 
     def close(self) -> None:
@@ -232,6 +237,14 @@ class Running:
         return self._guest_did() or Ended(
             status, "ended", VMLostError("the virtual machine was ended, and its monitor did not say why")
         )
+
+
+def _release_memory(pidfd: sysio.Fd) -> None:
+    with pidfd:
+        try:
+            sysio.process_mrelease(pidfd.raw)
+        except OSError:
+            pass  # it has ended already, or this kernel cannot do that
 
 
 def panicked(status: int, what: str = "") -> Ended:
