@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 _END_GRACE_S = 1.0
 _TERM_GRACE_S = 1.0
 _POLL_S = 0.01
+_MOST_HELD = 64
+"""Removed files that wait for their space to be freed, of one call."""
 
 
 def end_and_undo(directory: str, grace_s: float, kill_s: float, undo_s: float = 4.0) -> list[str] | None:
@@ -69,7 +71,9 @@ def end_and_undo(directory: str, grace_s: float, kill_s: float, undo_s: float = 
         journal.close()
 
 
-def undo(journal: journals.Journal, deadline_s: float = 4.0) -> list[str]:
+def undo(
+    journal: journals.Journal, deadline_s: float = 4.0, held: list[sysio.Fd] | None = None
+) -> list[str]:
     """Undo everything in reverse order, then remove the journal and the directory that belongs to it.
 
     The identity of each resource is checked first. One that is gone, or no longer ours, counts as undone. After a crash
@@ -79,6 +83,9 @@ def undo(journal: journals.Journal, deadline_s: float = 4.0) -> list[str]:
     Args:
         journal: An open journal; it is read again before anything is undone.
         deadline_s: Seconds for everything together.
+        held: Is given descriptors of files that were removed from the journal's directory. Their space is free when
+            these are closed, which may take long (a disk image of many parts, on a file system that discards): for
+            who has somebody waiting, and closes them afterwards.
 
     Returns:
         A sentence for each resource that could not be undone; if there are any, the journal stays.
@@ -107,7 +114,7 @@ def undo(journal: journals.Journal, deadline_s: float = 4.0) -> list[str]:
             else:
                 _forget(journal, entry)
         if not failures:
-            _remove_journal(journal, deadline, failures)
+            _remove_journal(journal, deadline, failures, held)
             if was_killed and _is_of_sandbox(journal):
                 from kata import events
 
@@ -152,12 +159,14 @@ def _vanished(journal: journals.Journal) -> bool:
     return (held.st_dev, held.st_ino) != (there.st_dev, there.st_ino)
 
 
-def _remove_journal(journal: journals.Journal, deadline: float, failures: list[str]) -> None:
+def _remove_journal(
+    journal: journals.Journal, deadline: float, failures: list[str], held: list[sysio.Fd] | None
+) -> None:
     directory, name = os.path.split(journal.path)
     own = journal.own_dir
     if own is not None:
         # The journal is removed last, so that after a crash it still names the rest.
-        problem = _remove_tree(directory, own, deadline, spare=name)
+        problem = _remove_tree(directory, own, deadline, spare=name, held=held)
         if problem:
             failures.append(f"cannot remove {directory}: {problem}")
             return
@@ -276,10 +285,16 @@ def _undo_content(params: dict[str, Any], identity: dict[str, Any] | None, deadl
 
 
 def _remove_tree(
-    path: str, identity: tuple[int, int], deadline: float, spare: str = "", *, keep: bool = False
+    path: str,
+    identity: tuple[int, int],
+    deadline: float,
+    spare: str = "",
+    *,
+    keep: bool = False,
+    held: list[sysio.Fd] | None = None,
 ) -> str:
     """Remove a directory and its content; with `spare`, everything but that entry and the directory itself; with
-    `keep`, only the content."""
+    `keep`, only the content. For `held` see `undo`."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -288,7 +303,7 @@ def _remove_tree(
         status = os.fstat(fd)
         if (status.st_dev, status.st_ino) != identity:
             return ""
-        problem = empty(fd, path, deadline, spare)
+        problem = empty(fd, path, deadline, spare, held)
     finally:
         os.close(fd)
     if problem or spare or keep:
@@ -303,7 +318,7 @@ def _remove_tree(
 OUT_OF_TIME = "out of time"
 
 
-def empty(fd: int, path: str, deadline: float, spare: str = "") -> str:
+def empty(fd: int, path: str, deadline: float, spare: str = "", held: list[sysio.Fd] | None = None) -> str:
     """Remove the content of a directory, by descriptors only: no link is followed, no mount entered.
 
     However deep it is, a few descriptors are enough: whoever filled it may have made it deeper than we may open files.
@@ -313,6 +328,7 @@ def empty(fd: int, path: str, deadline: float, spare: str = "") -> str:
         path: Its path, for messages.
         deadline: When to give up, by CLOCK_MONOTONIC.
         spare: A name that stays.
+        held: See `undo`.
 
     Returns:
         The problem, `OUT_OF_TIME` for one; empty on success.
@@ -340,6 +356,8 @@ def empty(fd: int, path: str, deadline: float, spare: str = "") -> str:
             full = os.path.join(where, name)
             try:
                 if not stat.S_ISDIR(os.stat(name, dir_fd=here, follow_symlinks=False).st_mode):
+                    if held is not None and len(held) < _MOST_HELD:
+                        _hold(here, name, held)
                     os.unlink(name, dir_fd=here)
                     continue
                 below = sysio.openat2(
@@ -359,6 +377,15 @@ def empty(fd: int, path: str, deadline: float, spare: str = "") -> str:
             stack.append((os.fstat(here), full, os.listdir(here)))
     finally:
         os.close(here)
+
+
+def _hold(directory: int, name: str, held: list[sysio.Fd]) -> None:
+    """Keep a file that is about to be removed there, without a name, until its descriptor is closed."""
+    try:
+        fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    except OSError:
+        return  # its space is freed at once, then
+    held.append(sysio.Fd(fd))
 
 
 # ---- mounts, namespaces, cgroups, interfaces ----

@@ -162,6 +162,19 @@ def test_discard_ends_it_and_asks_the_guest_nothing(engine: Engine) -> None:
     assert engine.sandbox.machine_double.closed
 
 
+def test_discard_is_answered_when_the_container_is_gone_as_well(engine: Engine) -> None:
+    with engine.client() as client:
+        client.create("c1", engine.bundle("sleep"))
+        client.start("c1")
+        client.discard("named")
+        assert not os.path.exists(engine.run_dir)
+        assert not engine.container_dir.exists()
+        assert client.wait("c1") == 137
+    assert engine.sandbox.held
+    engine.sandbox.free_space()
+    assert not engine.sandbox.held
+
+
 @pytest.mark.parametrize(
     ("command", "error"), [("missing", CommandNotFoundError), ("forbidden", CommandNotExecutableError)]
 )

@@ -32,6 +32,7 @@ class Ending:
         self.id = "s1"
         self.is_discarded = False
         self.removed_directory = ""
+        self.held: list[Any] = []
         self.trace: Any = None
         self.life = Lifecycle("s1")
         self.life.enter(SandboxState.BOOTING)

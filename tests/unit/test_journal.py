@@ -506,6 +506,34 @@ def test_cgroups_and_what_is_in_them(tmp_path: Path, hidden: bool, monkeypatch: 
     assert not os.path.exists(path)
 
 
+def test_removed_files_can_be_held_until_their_space_may_be_freed(tmp_path: Path) -> None:
+    journal = new(tmp_path)
+    directory = Path(journal.path).parent
+    (directory / "disk").write_bytes(bytes(1 << 16))
+    (directory / "below").mkdir()
+    (directory / "below" / "file").touch()
+    (directory / "link").symlink_to("/etc/passwd")
+    held: list[sysio.Fd] = []
+    assert journal_undo.undo(journal, held=held) == []
+    assert not directory.exists()
+    assert [os.fstat(fd.raw).st_nlink for fd in held] == [0, 0, 0]
+    for fd in held:
+        fd.close()
+
+
+def test_a_file_that_cannot_be_held_is_removed_all_the_same(tmp_path: Path) -> None:
+    journal = new(tmp_path)
+    directory = Path(journal.path).parent
+    for number in range(journal_undo._MOST_HELD + 1):
+        (directory / str(number)).touch()
+    held: list[sysio.Fd] = []
+    assert journal_undo.undo(journal, held=held) == []
+    assert not directory.exists()
+    assert len(held) == journal_undo._MOST_HELD
+    for fd in held:
+        fd.close()
+
+
 def test_undo_keeps_the_journal_while_something_is_left(tmp_path: Path) -> None:
     journal = new(tmp_path)
     with open(journal.path, "a", encoding="ascii") as file:

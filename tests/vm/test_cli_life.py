@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -176,6 +177,20 @@ def test_rm_asks_for_force(shared_kata: Kata, busybox_image: str) -> None:
         assert b"kata rm -f busy" in done.stderr
     assert "busy" not in names(shared_kata)
     shared_kata.ok("rm", "-f", "busy")
+
+
+def test_a_removed_container_s_name_and_port_are_free_at_once(shared_kata: Kata, busybox_image: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = ("run", "-d", "--name", "again", "-p", f"127.0.0.1:{port}:80", busybox_image, "sleep", "1000")
+    for _ in range(3):
+        identity = shared_kata.ok(*command).strip()
+        shared_kata.ok("rm", "-f", "again")
+        assert identity not in shared_kata.ok("ps", "-a", "-q", "--no-trunc")
+        assert not (shared_kata.state_dir / "containers" / identity).exists()
+        assert not (shared_kata.run_dir / "sandboxes" / identity).exists()
+        deleted = shared_kata.ok("events", "--json", "--filter", "event=container.deleted")
+        assert json.loads(deleted.splitlines()[-1])["name"] == "again"
 
 
 def test_a_detached_container_with_rm_leaves_nothing(shared_kata: Kata, busybox_image: str) -> None:

@@ -44,7 +44,10 @@ def wait_for_engine(container: Container, timeout_s: float = 10.0, *, tell: bool
     Returns:
         Whether the directory is gone.
     """
-    with _Watch(paths.sandbox_dir(container.id)) as watch:
+    directory = paths.sandbox_dir(container.id)
+    if not os.path.isdir(directory):  # mostly: whoever waits for an engine has been told of its end by that
+        return True
+    with _Watch(directory) as watch:
         return _is_gone(watch, timeout_s, tell=tell)
 
 
@@ -124,7 +127,8 @@ def stop(container: Container, grace_s: float, *, force: bool = False) -> None:
     Args:
         container: The container.
         grace_s: Seconds between its stop signal and SIGKILL; 0 for SIGKILL at once.
-        force: The container's files are no longer needed, so the guest gets no time to write them back.
+        force: The container is to be removed, so the guest gets no time to write its files back. Most likely it is
+            removed when this returns.
 
     Raises:
         KataError: It has not ended.
@@ -137,10 +141,9 @@ def stop(container: Container, grace_s: float, *, force: bool = False) -> None:
     try:
         with EngineClient(container.socket) as engine:
             if force:
-                engine.discard()
-                # What removes the container is loaded while the engine takes the machine down.
-                from kata import events, journal_undo  # noqa: F401
-
+                # The engine, which has loaded what that takes, removes the container as well.
+                with suppress(AgentError):  # it is late: `wait_for_engine` makes it
+                    engine.discard(container.name, TELL_AFTER_S)
                 return
             if first != kill and _ends_by(engine, container, first, state["status"], grace_s):
                 return

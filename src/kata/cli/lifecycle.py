@@ -323,10 +323,12 @@ def remove(container: Container, force: bool) -> None:
         from kata.cli import session
 
         raise StateError(session.occupied(container), f"try again, or kata rm -f {container.name}")
-    if records.load(container.id) is not None:
+    if records.load(container.id) is not None:  # mostly its engine has removed it
         records.remove(container)
-        if _is_restarted(container):
-            restart.reload()
+    if _is_restarted(container):
+        from kata.cli import restart
+
+        restart.reload()
 
 
 def _rm(arguments: Arguments) -> int:

@@ -354,11 +354,17 @@ class EngineClient:
         """Take the sandbox down if it has no containers, or *now*."""
         self._task("Shutdown", task_pb.ShutdownRequest(id=container_id, now=now), Empty)
 
-    def discard(self) -> None:
-        """Have the sandbox end at once: what its containers wrote to their own disks is not needed any more."""
+    def discard(self, removed: str = "", timeout: float | None = None) -> None:
+        """Have the sandbox end at once: what its containers wrote to their own disks is not needed any more.
+
+        Args:
+            removed: The name of the sandbox's own container, if that is to be removed as well. Nothing of either is
+                left then when this returns, unless it could not be removed, or the engine is of an earlier version.
+            timeout: Seconds. The sandbox ends all the same.
+        """
         from kata.proto import sandbox_pb
 
-        self.call(SANDBOX, "Discard", sandbox_pb.DiscardRequest(), Empty)
+        self.call(SANDBOX, "Discard", sandbox_pb.DiscardRequest(removed=removed), Empty, timeout)
 
     # ---- what containerd has no words for ----
 

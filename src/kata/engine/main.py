@@ -203,6 +203,7 @@ async def _serve(
     await sandbox.ended.wait()
     if publisher is not None:
         await publisher.close(EVENTS_S)
+    freeing = loop.run_in_executor(None, sandbox.free_space)
     # Its files are gone; connections that are open still get their answers.
     # A client whose state is stale learns that there is nothing here when we hang up.
     give_up = loop.time() + (0 if sandbox.saw_stale_client else CLIENTS_S)
@@ -210,7 +211,7 @@ async def _serve(
         await asyncio.sleep(0.01)
     await management.close()
     await sandbox.drain_output()
-    await server.shutdown(1.0)
+    await asyncio.gather(freeing, server.shutdown(1.0))
     if sandbox.trace is not None:
         await sandbox.trace.close()
     if sweeping is not None:

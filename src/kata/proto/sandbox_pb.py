@@ -14,7 +14,7 @@ _MESSAGES = {
     "DescribeRequest": "",
     "ConnectNetworkRequest": "network:1:string path:2:string address:3:string prefix:4:uint32 mac:5:string names:6:*string namespace:7:string address6:8:string prefix6:9:uint32",
     "DisconnectNetworkRequest": "network:1:string",
-    "DiscardRequest": "",
+    "DiscardRequest": "removed:1:string",
     "DescribeResponse": "json:1:string",
     "AgentCallRequest": "service:1:string method:2:string payload:3:bytes",
     "AgentCallResponse": "payload:1:bytes",

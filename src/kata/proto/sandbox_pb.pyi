@@ -97,7 +97,13 @@ class DisconnectNetworkRequest(Message):
     ) -> None: ...
 
 class DiscardRequest(Message):
-    def __init__(self) -> None: ...
+    removed: str
+    """The name of the container with the sandbox's id, if it is to be removed as well."""
+    def __init__(
+        self,
+        *,
+        removed: str = ...,
+    ) -> None: ...
 
 class DescribeResponse(Message):
     json: str

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, TypeVar
 
+    from kata import sysio
     from kata.agent.client import AgentClient
     from kata.engine.containers.hostroot import HostRoot
     from kata.engine.containers.process import Process
@@ -106,6 +107,8 @@ class Sandbox:
         self.on_trace: Callable[[SandboxTrace], None] = lambda trace: None
         self._start_error = failed
         self._is_discarded = False
+        self._removed = ""  # the name of the container, if it goes with the sandbox
+        self.held: list[sysio.Fd] = []  # removed files whose space is yet to be freed
         self._end_task: asyncio.Task[None] | None = None
         self.client = settings.client
         self.is_pod = settings.pod is not None
@@ -369,9 +372,14 @@ class Sandbox:
 
     # ---- the end ----
 
-    def discard(self) -> None:
-        """End the sandbox; the guest writes back what was written only if there is a volume that stays."""
+    def discard(self, removed: str = "") -> None:
+        """End the sandbox; the guest writes back what was written only if there is a volume that stays.
+
+        Args:
+            removed: The name of the sandbox's own container, if that is to be removed as well.
+        """
         self._is_discarded = True
+        self._removed = removed
         self.end()
 
     def end(self, grace_s: float = REMOVE_S) -> None:
@@ -382,7 +390,11 @@ class Sandbox:
         """
         if self._end_task is None:
             has_machine = self.life.may(SandboxState.CLOSING)
+            is_up = self.life.state is SandboxState.READY
             self.runtime.enter(SandboxState.CLOSING if has_machine else SandboxState.ENDING)
+            if is_up and self.is_discarded and self.trace is None:
+                # Nothing is wanted of the guest any more: it goes while the rest of the end is loaded.
+                self.runtime.terminate(VMLostError(f"sandbox {self.id} has ended"))
             self._end_task = asyncio.create_task(self._end(grace_s))
 
     async def _end(self, grace_s: float) -> None:
@@ -393,15 +405,21 @@ class Sandbox:
         finally:
             self.runtime.terminate(VMLostError(f"sandbox {self.id} has ended"))
             if self.removed_directory and not os.path.lexists(self.removed_directory):
-                self.life_events.record("container.deleted", container=self.id)
+                named = {"name": self._removed} if self._removed else {}
+                self.life_events.record("container.deleted", container=self.id, **named)
             self.life_events.ended(self.journal.path)
             self.runtime.enter(SandboxState.ENDED)
+
+    def free_space(self) -> None:
+        """Free the space of what was removed at the end. Blocks."""
+        while self.held:
+            self.held.pop().close()
 
     @property
     def removed_directory(self) -> str:
         """The container's lasting directory, if it goes with the sandbox; otherwise empty."""
         own = self.settings.container
-        return own.directory if own is not None and own.auto_remove else ""
+        return own.directory if own is not None and (own.auto_remove or self._removed) else ""
 
     async def drain_output(self, limit_s: float | None = None) -> None:
         """Wait for readers that take their time with what ended processes wrote.

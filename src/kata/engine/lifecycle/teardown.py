@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
     from typing import Protocol
 
+    from kata import sysio
     from kata.engine.containers.process import Process
     from kata.engine.forwarding.guestnet import GuestNetwork
     from kata.engine.forwarding.network_services import NetworkServices
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from kata.engine.standard_streams.logger import Logger
     from kata.engine.tasks import Tasks
     from kata.journal import Journal
+    from kata.resources.host_cgroup import HostCgroup
 
     class EndingContainer(Protocol):
         """What of a container counts at the end."""
@@ -70,6 +72,10 @@ if TYPE_CHECKING:
         @property
         def removed_directory(self) -> str:
             """The container's lasting directory, if it goes with the sandbox; otherwise empty."""
+
+        @property
+        def held(self) -> list[sysio.Fd]:
+            """Removed files whose space is freed when nobody waits for the end any more."""
 
 
 WATCHER_S = 5.0
@@ -148,10 +154,9 @@ class Teardown:
         self._runtime.terminate(VMLostError(f"sandbox {self._sandbox.id} has ended"))
 
     async def leave_cgroup(self) -> None:
-        """Begin to move the engine out of the sandbox's cgroups."""
+        """Begin to move the engine out of the sandbox's cgroups, and to load what the last step needs."""
         cgroup = self._runtime.machine.cgroup
-        if cgroup is not None:
-            self._leaving = asyncio.ensure_future(self._tasks.run_blocking(cgroup.leave))
+        self._leaving = asyncio.ensure_future(self._tasks.run_blocking(_leave, cgroup))
 
     async def stop_machine(self) -> None:
         """End the hypervisor."""
@@ -206,12 +211,20 @@ class Teardown:
         directory = self._sandbox.removed_directory
         if directory:
             try:
-                problems += journal_undo.undo(Journal.open(os.path.join(directory, FILE_NAME)))
+                lasting = Journal.open(os.path.join(directory, FILE_NAME))
+                problems += journal_undo.undo(lasting, held=self._sandbox.held)
             except (JournalError, OSError) as error:
                 problems.append(f"cannot remove {directory}: {error}")
-        problems += journal_undo.undo(self._sandbox.journal)
+        problems += journal_undo.undo(self._sandbox.journal, held=self._sandbox.held)
         waiting = self._runtime.machine.waiting
         if waiting is not None:
             problems += journal_undo.undo(waiting.journal)
         for problem in problems:
             self._tasks.log(problem)
+
+
+def _leave(cgroup: HostCgroup | None) -> None:
+    """Leave the sandbox's cgroups, and load what undoes the journals, and what that imports."""
+    if cgroup is not None:
+        cgroup.leave()
+    from kata import journal_undo, mount_table  # noqa: F401

@@ -57,8 +57,8 @@ if TYPE_CHECKING:
         def container(self, container_id: str, *, may_come: bool = False) -> Container:
             """The container with this id."""
 
-        def discard(self) -> None:
-            """End the sandbox, with what was written."""
+        def discard(self, removed: str = "") -> None:
+            """End the sandbox, with what was written; and remove the container of this name."""
 
 
 SERVICE = "kata.sandbox.v1.Sandbox"
@@ -194,7 +194,9 @@ class SandboxService:
     # ---- the end ----
 
     async def Discard(self, request: sandbox_pb.DiscardRequest, context: Context) -> google_pb.Empty:
-        self._sandbox.discard()
+        self._sandbox.discard(request.removed)
+        if request.removed:
+            await self._sandbox.life.ended.wait()
         return google_pb.Empty()
 
     # ---- for tools ----
