@@ -50,7 +50,9 @@ class Ending:
             machine=SimpleNamespace(
                 waiting=None,
                 cgroup=SimpleNamespace(leave=self.note("leave cgroup")),
-                files=SimpleNamespace(child=child, stop=self.note("stop files")),
+                files=SimpleNamespace(
+                    child=child, hang_up=self.note("hang up on files"), stop=self.note("stop files")
+                ),
                 network=SimpleNamespace(child=child, stop=self.note("stop network")),
             ),
         )
@@ -95,6 +97,7 @@ ORDER = [
     "close guest network",
     "terminate",
     "leave cgroup",
+    "hang up on files",
     "stop machine",
     "close machine",
     "stop files",

@@ -114,6 +114,7 @@ class FileServer:
             self.hide()
             raise HypervisorError(f"cannot make the socket of the file server: {error.strerror}") from error
         self._listener = sysio.Fd(listener.detach())
+        self._peer: sysio.Fd | None = None  # the hypervisor's end of the connection, where we have made it
 
     def connect(self) -> sysio.Fd:
         """A hypervisor's end of the connection, for one that is given it; the socket can be reached no more then.
@@ -132,6 +133,7 @@ class FileServer:
             raise HypervisorError(f"cannot connect to the file server: {error.strerror}") from error
         finally:
             self.hide()
+        self._peer = sysio.Fd(os.dup(client.fileno()))
         return sysio.Fd(client.detach())
 
     def move(self, directory: str, user: int) -> None:
@@ -195,6 +197,19 @@ class FileServer:
         """Close our end of what it listens on."""
         self._listener.close()
 
+    def hang_up(self) -> None:
+        """Have it end beside its hypervisor, which is about to end, and not after it. Idempotent."""
+        if self._peer is not None:
+            import _socket
+
+            peer, self._peer = _socket.socket(fileno=self._peer.detach()), None
+            try:
+                peer.shutdown(_socket.SHUT_RDWR)
+            except OSError:
+                pass  # it has ended
+            finally:
+                peer.close()
+
     def failure(self) -> KataError | None:
         """Why it is no longer there, or None while it is."""
         sentence = self.child.failure()
@@ -212,5 +227,6 @@ class FileServer:
         and then the outer one reaps the inner one, which nobody may do when it is killed.
         """
         self.hide()
+        self.hang_up()
         self.close_socket()
         self.child.stop(LEAVES_S, LEAVES_S)

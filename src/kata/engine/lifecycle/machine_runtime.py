@@ -342,6 +342,8 @@ class MachineRuntime:
                 "The limit is the machine's memory and what running it takes: docs/architecture.md.",
             )
         self.terminate(ended.error or VMLostError("the virtual machine was stopped"))
+        if self.machine.files is not None:
+            self.machine.files.hang_up()
 
     def _watch_network(self, plan: NetworkPlan) -> None:
         """The death of the network's helper is logged, not fatal: the container may not need it any more."""

@@ -105,8 +105,9 @@ class Teardown:
             self.stop_network_services,  # before the machine, so that nobody is connected to a guest that goes
             self.give_up_machine,  # from here on every call that waits for the guest ends
             self.leave_cgroup,  # out of what is about to be removed; takes as long as the machine takes to end
+            self.hang_up_on_files,  # not before the hypervisor is killed, which would tell of it
             self.stop_machine,
-            self.stop_file_server,  # after the hypervisor, whose end ends it
+            self.stop_file_server,  # after the hypervisor, whose end ends it at the latest
             self.await_left_cgroup,
             self.stop_network,  # after the hypervisor, which holds the other end of its wire
             self.report_ends,  # whoever was not told by the guest is told now: no client waits for ever
@@ -157,6 +158,14 @@ class Teardown:
         """Begin to move the engine out of the sandbox's cgroups, and to load what the last step needs."""
         cgroup = self._runtime.machine.cgroup
         self._leaving = asyncio.ensure_future(self._tasks.run_blocking(_leave, cgroup))
+
+    async def hang_up_on_files(self) -> None:
+        """Have virtiofsd end beside the hypervisor, which is being killed."""
+        files = self._runtime.machine.files
+        if files is not None:
+            await asyncio.sleep(0)  # by now it has been: `MachineRuntime.terminate` has a task for that
+            files.child.unwatch()
+            files.hang_up()
 
     async def stop_machine(self) -> None:
         """End the hypervisor."""
