@@ -420,9 +420,11 @@ class NetworkSettings(Part):
         model: How interfaces of that are connected: `tcfilter`, `macvtap` or `none`.
         endpoints: Networks with a name that it is in besides, with `user`.
         outside: There is a way out; without, it has those networks alone.
+        stays_empty: No interface is likely to come into a namespace that is made. An emulated machine starts without
+            one then, and is given one if it comes all the same.
     """
 
-    __slots__ = ("dns", "endpoints", "mode", "model", "outside", "path", "ports")
+    __slots__ = ("dns", "endpoints", "mode", "model", "outside", "path", "ports", "stays_empty")
 
     def __init__(
         self,
@@ -434,6 +436,7 @@ class NetworkSettings(Part):
         model: str = "tcfilter",
         endpoints: Sequence[EndpointSettings] = (),
         outside: bool = True,
+        stays_empty: bool = False,
     ) -> None:
         self.mode = mode
         self.ports = list(ports)
@@ -442,6 +445,7 @@ class NetworkSettings(Part):
         self.model = model
         self.endpoints = list(endpoints)
         self.outside = outside
+        self.stays_empty = stays_empty
 
 
 # ---- the container that a sandbox is made for ----

@@ -176,6 +176,14 @@ def test_a_machine_without_a_network_has_an_interface_only_with_a_pool(
     assert start.machine.shape.nics == nics
 
 
+@pytest.mark.parametrize(("accel", "expected"), [("tcg", True), ("kvm", False)])
+def test_only_an_emulated_machine_starts_without_an_interface(
+    tmp_path: Path, accel: str, expected: bool
+) -> None:
+    settings = sandbox_support.sandbox("x", str(tmp_path), kernel="/k", initrd="/i", accel=accel)
+    assert boot.does_without_idle_nic(settings.described()) is expected
+
+
 class Channel:
     """A machine that was started, as far as its agent's channel goes."""
 

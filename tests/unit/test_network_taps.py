@@ -8,6 +8,7 @@ import threading
 import pytest
 from apart import in_network
 
+from kata import sysio
 from kata.network import netns, rtnetlink
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="a network namespace needs root")
@@ -56,5 +57,43 @@ def test_the_engine_of_a_machine_that_waited_keeps_the_tap_of_that() -> None:
         assert taps() == [TAP]
         plan.close_taps()
         assert taps() == []
+
+    in_network(work)
+
+
+def test_a_namespace_that_stays_empty_has_no_tap_until_an_interface_comes() -> None:
+    def work() -> None:
+        plan = netns.NetnsPlan("02:00:00:00:00:01", "")
+        plan.stays_empty = True
+        assert plan.setup_nics(4, hotplug=True) == []
+        assert (taps(), plan.hotplug_nics, plan.idle()) == ([], 4, [])
+        plan.rescan()
+        assert (plan.interfaces, plan.take_pending_hotplugs()) == ([], [])
+        with sysio.Fd(netns.make_tap("eth0")):
+            assert plan.rescan()
+            [(index, nic)] = plan.take_pending_hotplugs()
+            plan.place(index, "09/00")
+            assert (index, taps(), plan.hotplug_nics) == (0, [TAP], 3)
+            assert plan.interfaces[0]["devicePath"] == "09/00"
+            assert plan.interfaces[0]["hwAddr"] == nic.mac
+        assert plan.rescan()  # it has gone
+        assert (plan.interfaces, plan.idle()) == ([], ["09/00"])
+        nic.close()
+        plan.close_taps()
+        assert taps() == []
+
+    in_network(work)
+
+
+@pytest.mark.parametrize("why", ["no plugs", "a namespace of its client's", "a pool"])
+def test_a_machine_has_an_interface_for_an_empty_namespace(why: str) -> None:
+    def work() -> None:
+        here = f"/proc/self/task/{threading.get_native_id()}/ns/net"
+        plan = netns.NetnsPlan("02:00:00:00:00:01", here if why.startswith("a namespace") else "")
+        plan.stays_empty = True
+        plan.keeps_ports = why == "a pool"
+        [nic] = plan.setup_nics(4, hotplug=why != "no plugs")
+        nic.close()
+        plan.close_taps()
 
     in_network(work)

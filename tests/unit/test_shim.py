@@ -173,6 +173,23 @@ def test_a_network_namespace_and_its_path() -> None:
     assert start.network_namespace({"linux": {"namespaces": NAMESPACES}}) == ""
 
 
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, False),
+        ({"hooks": None, "mounts": None}, False),
+        ({"hooks": {"createRuntime": [], "poststop": [{"path": "/h"}]}}, False),
+        ({"mounts": [{"destination": "/proc"}, {"destination": "/etc/hosts"}]}, False),
+        ({"mounts": [{"destination": "/proc"}, {"destination": "/etc/resolv.conf"}]}, True),
+        ({"hooks": {"prestart": [{"path": "/h"}]}}, True),
+        ({"hooks": {"createRuntime": [{"path": "/h"}]}}, True),
+        ({"hooks": {"createContainer": [{"path": "/h"}]}}, True),
+    ],
+)
+def test_whether_a_new_network_namespace_is_wired_later(config: dict[str, Any], expected: bool) -> None:
+    assert start.expects_network(config) is expected
+
+
 def test_pods() -> None:
     cri = {
         "io.kubernetes.cri.container-type": "container",

@@ -119,6 +119,7 @@ _NETWORK = {
     "model": VALUE,
     "endpoints": [_ENDPOINT],
     "outside": VALUE,
+    "stays_empty": VALUE,
 }
 _VOLUME = {
     "volume": VALUE,

@@ -298,12 +298,13 @@ def _share(conf: Configuration) -> ShareSettings:
     )
 
 
-def network_settings(conf: Configuration, path: str) -> NetworkSettings:
+def network_settings(conf: Configuration, path: str, *, stays_empty: bool = False) -> NetworkSettings:
     """The network settings of a client that has a network namespace.
 
     Args:
         conf: The configuration.
         path: The namespace's; empty makes one.
+        stays_empty: No interface is likely to come into one that is made.
 
     Raises:
         ConfigError: The settings contradict each other.
@@ -330,7 +331,7 @@ def network_settings(conf: Configuration, path: str) -> NetworkSettings:
                 f" 'none', and that is {model!r} ({conf.origin('runtime.internetworking_model')})"
             )
         return NetworkSettings()
-    return NetworkSettings(mode="netns", path=path, model=model)
+    return NetworkSettings(mode="netns", path=path, model=model, stays_empty=stays_empty and not path)
 
 
 def host_devices(conf: Configuration, config: Mapping[str, Any]) -> list[int]:

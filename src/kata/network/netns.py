@@ -2,15 +2,16 @@
 
 The engine and the hypervisor run in that namespace, but for the hypervisor of a machine that waited for its sandbox
 (`SpareTap`), of which only the tap comes there. For each interface of the guest it has a tap device; the first tap
-is made at the start, even if the namespace has no interface yet. tc redirects all traffic between a tap and an
-interface of the namespace in both directions, below the namespace's own IP stack. So the guest gets the interface's
-hardware address, addresses, MTU, routes and permanent neighbours, and any kind of Ethernet interface works. A tap is
-not persistent: it disappears with the hypervisor, however that ends. In a namespace of the engine's own it stays until
-the engine ends, too (`NetnsPlan.let_go`).
+is made at the start, even if the namespace has no interface yet, unless none is expected. tc redirects all traffic
+between a tap and an interface of the namespace in both directions, below the namespace's own IP stack. So the guest
+gets the interface's hardware address, addresses, MTU, routes and permanent neighbours, and any kind of Ethernet
+interface works. A tap is not persistent: it disappears with the hypervisor, however that ends. In a namespace of the
+engine's own it stays until the engine ends, too (`NetnsPlan.let_go`).
 
 Interfaces may appear only after the machine has started (Docker 26 and newer, `ctr run --cni`); `rescan` finds them.
-The first one uses the slot that every machine has. Further ones are hot-plugged into ports, which a machine has if its
-namespace was empty when it started. An interface that is removed from the namespace frees its slot.
+The first one uses the slot that a machine has for it. Further ones are hot-plugged into ports, which a machine has if
+its namespace was empty when it started; so is the first one where none was expected (`NetworkPlan.stays_empty`). An
+interface that is removed from the namespace frees its slot.
 """
 
 from __future__ import annotations
@@ -236,6 +237,9 @@ class NetnsPlan(NetworkPlan):
         try:
             with rtnetlink.Rtnl() as rtnl:
                 found = self.new_links(rtnl)
+            if hotplug and not (found or self.path or self.keeps_ports) and self.stays_empty:
+                self.hotplug_nics = most
+                return []
             for index in range(max(1, min(len(found), most))):
                 mac = found[index].mac if found else self.mac
                 if self.spare is not None and index == 0:

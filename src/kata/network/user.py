@@ -153,6 +153,9 @@ class NetworkPlan:
         self.keeps_ports = False
         """Whether the machine is to have ports for further interfaces although it starts with one: all that wait for a
         sandbox are alike. Set before `setup_nics`, as is `wire`."""
+        self.stays_empty = False
+        """Whether no interface is likely to come into a namespace that is made: then the machine starts without one, if
+        it can be given one later. Set before `setup_nics`."""
         self.wire: sysio.Fd | None = None
         """The helper's end of the interface, of a machine that is there already."""
         self.journal: Journal | None = None

@@ -29,6 +29,8 @@ SIGNAL_S = 2.0
 """How long a guest may take for a signal: these clients wait for an end by themselves, and begin to count when they
 have their answer."""
 LOG_FIFO = "log"
+_WIRING_HOOKS = ("prestart", "createRuntime", "createContainer")
+"""Kinds of hooks that run once there is a namespace, and before the container runs."""
 ENDING_S = 5.0
 """How long an engine of the same name may take to end: containerd asks for a sandbox again only when it has given
 the last one up, for example because the command that started it was killed."""
@@ -188,7 +190,9 @@ def sandbox_settings(
         notes=[note for _, note in notes],
         all_disk_slots=True,
         host_devices=machine.host_devices(conf, config),
-        network=machine.network_settings(conf, network_namespace(config)),
+        network=machine.network_settings(
+            conf, network_namespace(config), stays_empty=not expects_network(config)
+        ),
         cgroups_path=str((config.get("linux") or {}).get("cgroupsPath") or ""),
         oom_score_adj=oom_score_adj(config),
         request_started_ns=started_ns,
@@ -256,3 +260,14 @@ def network_namespace(config: Mapping[str, Any]) -> str:
         if namespace.get("type") == "network":
             return str(namespace.get("path") or "")
     return ""
+
+
+def expects_network(config: Mapping[str, Any]) -> bool:
+    """Whether the namespace that a spec leaves to the engine is likely to get an interface: a client that wires it
+    gives the container a ``resolv.conf`` (Docker), or has hooks that do the wiring (nerdctl, and Docker up to 25). A
+    wrong guess costs time and no more: ``ctr run --cni`` tells a runtime nothing.
+    """
+    hooks = config.get("hooks") or {}
+    return any(hooks.get(kind) for kind in _WIRING_HOOKS) or any(
+        mount.get("destination") == "/etc/resolv.conf" for mount in config.get("mounts") or ()
+    )

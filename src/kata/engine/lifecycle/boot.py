@@ -298,6 +298,7 @@ class Boot:
             )
         made.journal = self._journal
         made.keeps_ports = bool(self._described.hypervisor.pool)
+        made.stays_empty = network.stays_empty and does_without_idle_nic(self._described)
         if self._waiting is not None:
             self._waiting.connect(made)
         self._undo += (made.stop, made.let_go)
@@ -605,6 +606,14 @@ def has_idle_nic(described: MachineSettings) -> bool:
     either kind. Elsewhere there is none: it would only have to be hidden in the guest.
     """
     return bool(described.hypervisor.pool)
+
+
+def does_without_idle_nic(described: MachineSettings) -> bool:
+    """Whether a machine starts without an interface in a network namespace that is likely to stay empty: under software
+    emulation, where all that the guest does to hide one has to be translated. With KVM that costs next to nothing, and
+    an interface that comes later all the same would have no vhost.
+    """
+    return described.hypervisor.accel == "tcg"
 
 
 def disks_of(settings: SandboxSettings) -> list[Disk | None]:

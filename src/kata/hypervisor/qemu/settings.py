@@ -175,7 +175,7 @@ class VMSettings:
             raise ValueError(f"no such accelerator: {accel}")
         if console not in ("serial", "virtio", "none"):
             raise ValueError(f"no such console: {console}")
-        if len(extra_nics) + hotplug_nics >= len(slots.NICS):
+        if (nic is not None) + len(extra_nics) + hotplug_nics > len(slots.NICS):
             raise ValueError(f"a machine has {len(slots.NICS)} network interfaces at most")
         if not max(len(disks), slots.MIN_DISK_SLOTS) <= disk_slots <= len(slots.DISKS):
             raise ValueError(f"a machine has {slots.MIN_DISK_SLOTS} to {len(slots.DISKS)} disk slots")
