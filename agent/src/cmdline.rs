@@ -1,5 +1,6 @@
 //! Settings: the kernel command line of the guest, or the arguments of an ordinary process.
 
+use crate::devices::PciPath;
 use crate::log::Level;
 use crate::prelude::*;
 use crate::server::listen::Address;
@@ -110,6 +111,8 @@ pub fn parse_kernel(cmdline: &str) -> (Settings, Vec<String>) {
             },
             // Read where a device is waited for (`uevent::hotplug_timeout_ms`).
             "hotplug_timeout" => value.parse::<u64>().map(drop).map_err(|_| "is not a number of seconds".to_string()),
+            // Read where the share is looked for (`pci_scan::share`).
+            "pci_scan" => PciPath::parse(value).map(drop).map_err(|_| "is no PCI path".to_string()),
             _ if UNSUPPORTED.contains(&name) || name.starts_with("mem_agent_") => {
                 Err("is not supported by this agent".to_string())
             }

@@ -8,6 +8,7 @@
 //! PCI.
 
 use crate::fs;
+use crate::pci_scan;
 use crate::prelude::*;
 use crate::sort::sort;
 use crate::sys::{self, Errno};
@@ -135,12 +136,16 @@ pub fn wait_for_block(node: &str) -> Result<()> {
 
 /// Waits until there is a virtio-fs device; what it serves is known by its tag then.
 pub fn wait_for_share() -> Result<()> {
-    let found = await_device("virtio", || {
+    let look = || {
         let bound = fs::names(SHARES).unwrap_or_default().iter().any(|name| name.starts_with("virtio"));
         // The link is there before the driver is done with the device; Linux from 6.9 on says when it is.
         let known = fs::names(TAGS).map_or(true, |tags| !tags.is_empty());
         Ok((bound && known).then_some(()))
-    })?;
+    };
+    let found = match pci_scan::share()? {
+        Some(path) => pci_scan::await_device(&path, DEVICES, look)?,
+        None => await_device("virtio", look)?,
+    };
     found.ok_or_else(|| absent("no virtio-fs device"))
 }
 
@@ -254,8 +259,20 @@ impl PciPath {
 
     /// The device's directory below `devices` (sysfs); `None` while it is not there.
     fn directory(&self, devices: &str) -> Result<Option<String>> {
+        self.directory_of(&self.slots, devices)
+    }
+
+    /// The directory of the port that it is behind; `None` if there is none.
+    pub fn port(&self, devices: &str) -> Result<Option<String>> {
+        match self.slots.as_slice() {
+            [ports @ .., _] if !ports.is_empty() => self.directory_of(ports, devices),
+            _ => Ok(None),
+        }
+    }
+
+    fn directory_of(&self, slots: &[(u8, u8)], devices: &str) -> Result<Option<String>> {
         let Some(mut directory) = self.root(devices)? else { return Ok(None) };
-        for (slot, function) in &self.slots {
+        for (slot, function) in slots {
             // Domain and bus in front of it are the kernel's choice.
             let suffix = format!(":{slot:02x}.{function}");
             let name = names(&directory)?.into_iter().find(|name| is_pci_address(name) && name.ends_with(&suffix));

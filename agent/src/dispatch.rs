@@ -31,6 +31,7 @@ const EXTRA_FEATURES: &[&str] = &[
     "kata.layers",
     "kata.machine",
     "kata.network",
+    "kata.pci_scan",
     "kata.pids.of",
     "kata.policy",
     "kata.processes",

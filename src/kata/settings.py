@@ -100,6 +100,7 @@ class GuestSettings(Part):
         extensions: Paths of archives that are put behind the initrd.
         kernel_version: Of the kernel, such as `6.1.192`; empty where it is not known.
         bounces: The kernel can use virtio-fs in an emulated machine (bounce pages).
+        scans_ports: The agent finds a share that is plugged into a port, where nothing announces that.
         cmdline: Parameters of the kernel behind the engine's own.
         verbose: The kernel writes all its messages to the console (no `quiet`).
         modules: Kernel modules to load, each with its parameters behind its name.
@@ -119,6 +120,7 @@ class GuestSettings(Part):
         "modules",
         "no_seccomp",
         "ready_s",
+        "scans_ports",
         "verbose",
     )
 
@@ -130,6 +132,7 @@ class GuestSettings(Part):
         extensions: Sequence[str] = (),
         kernel_version: str = "",
         bounces: bool = False,
+        scans_ports: bool = False,
         cmdline: str = "",
         verbose: bool = False,
         modules: Sequence[Sequence[str]] = (),
@@ -142,6 +145,7 @@ class GuestSettings(Part):
         self.extensions = list(extensions)
         self.kernel_version = kernel_version
         self.bounces = bounces
+        self.scans_ports = scans_ports
         self.cmdline = cmdline
         self.verbose = verbose
         self.modules = [list(module) for module in modules]

@@ -81,11 +81,13 @@ def test_a_second_build_does_nothing_and_says_so(place: Path) -> None:
 def test_a_new_agent_leaves_the_files_of_running_sandboxes(place: Path) -> None:
     first = builder.build("distro", progress=Silent())
     with (place / "agent").open("ab") as agent:
-        agent.write(b"changed")
+        agent.write(b"kata.pci_scan")
     second = builder.build("distro", progress=Silent())
     assert second["kernel"] == first["kernel"]
     assert second["initrd"]["path"] != first["initrd"]["path"]
     assert first["initrd"]["path"] in files(place)
+    assert (first["initrd"]["scans_ports"], second["initrd"]["scans_ports"]) == (False, True)
+    assert manifest.load(str(place / "guest")).scans_ports
     # An hour later they are in nobody's way any more.
     retired = place / "guest" / ".retired.json"
     retired.write_text(

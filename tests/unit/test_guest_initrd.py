@@ -100,6 +100,11 @@ def test_the_agents_version_is_read_without_running_it() -> None:
     assert initrd.agent_version(b"something else") == "unknown"
 
 
+def test_whether_an_agent_looks_for_a_share_is_found_in_it() -> None:
+    assert initrd.scans_ports(b"kata.network\0kata.pci_scankata.pids.of")
+    assert not initrd.scans_ports(b"kata.network\0kata.pids.of")
+
+
 def test_an_agent_must_be_a_static_program() -> None:
     initrd.check_agent(Path("/usr/bin/busybox").read_bytes(), "busybox")
     with pytest.raises(GuestAssetError, match="dynamically linked"):

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from kata.hypervisor.qemu import acpi, command, process
+from kata.hypervisor.base import MachineShape
+from kata.hypervisor.qemu import acpi, command, process, slots
 from kata.hypervisor.qemu.settings import VMSettings
 
 TABLES_AT, RSDP_AT = 0x7FFE0000, 0xF3000
@@ -90,6 +91,21 @@ def test_a_small_machine_has_these_tables_alone() -> None:
     assert argv[argv.index("-fw_cfg") + 1] == "name=etc/acpi/rsdp,file=/proc/self/fd/9"
     assert "pci=noacpi" in argv[argv.index("-append") + 1].split()
     assert 9 in command.inherited_fds(settings(), fds)
+
+
+@pytest.mark.parametrize("scans", [True, False])
+def test_where_nothing_announces_the_share_the_agent_is_told_where_it_will_be(scans: bool) -> None:
+    """An agent that cannot look for it needs ACPI, by which QEMU announces it."""
+    vm = settings()
+    vm.shape = MachineShape(kernel="/k", initrd="/i", share="virtio-fs", scans_ports=scans)
+    vm.late_share = True
+    argv = command.build(vm, command.Fds(3, 4, 5, kernel=6, initrd=7, disks={}))
+    words = argv[argv.index("-append") + 1].split()
+    assert ("acpi=off" in argv[argv.index("-machine") + 1].split(",")) is scans
+    assert (f"agent.pci_scan={slots.SHARE:02x}/00" in words) is scans
+    # Nor does the kernel manage the port: it would switch off what it takes for an empty slot.
+    assert ("pcie_ports=compat" in words) is scans
+    assert f"pcie-root-port,id=lateshare,addr=0x{slots.SHARE:02x}" in " ".join(argv)
 
 
 @pytest.mark.parametrize(

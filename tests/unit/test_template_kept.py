@@ -69,6 +69,7 @@ CHANGED: dict[str, Any] = {
     "parameters": "quiet panic=1",
     "prealloc": True,
     "reclaim": False,
+    "scans_ports": True,
     "share": "virtio-fs",
     "shared_memory": True,
     "taps": 1,

@@ -16,6 +16,8 @@ import pytest
 from conftest import Kata
 from waiting import until
 
+from kata.guest import manifest
+
 TOLD = (
     "cat /proc/sys/kernel/random/boot_id; hostname; cat /proc/sys/kernel/random/uuid; date +%s;"
     " cut -d' ' -f28 /proc/self/stat; ip link show eth0 | sed -n 's/.*ether \\([^ ]*\\).*/\\1/p';"
@@ -159,7 +161,7 @@ def test_clones_share_nothing_that_is_a_sandboxs_own(templates: Kata, busybox_im
     assert first[7] != second[7], "what its stack canary is made of"
 
 
-def test_a_clone_has_files_of_the_host(templates: Kata, busybox_image: str) -> None:
+def test_a_clone_has_files_of_the_host(templates: Kata, busybox_image: str, guest_assets: Path) -> None:
     """By virtio-fs, whose device cannot be saved: it is plugged in, and the file server reaches the clone's memory."""
     kata, run = templates, ["--network", "none"]
     shared = kata.directory / "shared"
@@ -189,6 +191,8 @@ def test_a_clone_has_files_of_the_host(templates: Kata, busybox_image: str) -> N
     written = [file.read_bytes() for file in shared.glob("out*")]
     assert len(set(written)) == 16
     assert {len(content) for content in written} == {700000}
+    told = kata.ok("run", "--rm", *run, *volume, busybox_image, "cat", "/proc/cmdline").split()
+    assert ("agent.pci_scan=04/00" in told) == manifest.load(str(guest_assets)).scans_ports
 
 
 def test_a_clone_on_a_tap_leaves_as_much_to_it(templates: Kata, busybox_image: str) -> None:

@@ -72,7 +72,7 @@ _KERNEL_PARAMETERS = words(
     " cgroup_no_v1 systemd.unified_cgroup_hierarchy virtio_fs.bounce page_reporting.page_reporting_order rcupdate"
     " rcu_nocbs idle nowatchdog transparent_hugepage init rdinit root rootfstype ro rw selinux apparmor audit ipv6"
     " agent.log agent.debug_console agent.debug_console_vport agent.log_vport agent.trace agent.container_pipe_size"
-    " agent.hotplug_timeout agent.server_addr agent.unified_cgroup_hierarchy agent.cdh_api_timeout"
+    " agent.hotplug_timeout agent.pci_scan agent.server_addr agent.unified_cgroup_hierarchy agent.cdh_api_timeout"
     " agent.channel agent.dial agent.features kata.agent_channel"
 )
 _MOUNT_OPTIONS = words(
@@ -155,8 +155,8 @@ SANDBOX: Mapping[str, Any] = {
         },
         "guest": {
             "kernel": VALUE, "initrd": VALUE, "extensions": VALUE, "kernel_version": VALUE, "bounces": VALUE,
-            "cmdline": PARAMETERS, "verbose": VALUE, "modules": [FIRST], "no_seccomp": VALUE, "ready_s": VALUE,
-            "create_s": VALUE,
+            "scans_ports": VALUE, "cmdline": PARAMETERS, "verbose": VALUE, "modules": [FIRST], "no_seccomp": VALUE,
+            "ready_s": VALUE, "create_s": VALUE,
         },
         "size": _SIZE,
         "share": {"disabled": VALUE, "protocol": VALUE, "daemon": VALUE, "cache": VALUE, "msize": VALUE},

@@ -169,6 +169,7 @@ def _guest(conf: Configuration) -> tuple[GuestSettings, str]:
         guest.extensions = [built.extension(name) for name in names]
         guest.kernel_version = built.kernel_version
         guest.bounces = built.bounces
+        guest.scans_ports = built.scans_ports
     guest.cmdline = _kernel_parameters(conf)
     guest.verbose = bool(conf.get("hypervisor.enable_debug", False))
     guest.modules = [text.split() for text in conf.get("agent.kernel_modules", ()) if text.strip()]

@@ -154,6 +154,7 @@ def _install(
             "size": len(image),
             "sha256": image_digest,
             "agent_version": initrd.agent_version(agent),
+            "scans_ports": initrd.scans_ports(agent),
             "agent_sha256": hashlib.sha256(agent).hexdigest(),
             "agent_path": agent_path,
             "modules": [os.path.basename(path).removesuffix(".ko") for path, _data in modules],

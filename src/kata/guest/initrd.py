@@ -13,6 +13,7 @@ from kata.errors import GuestAssetError
 from kata.guest.cpio import Archive
 
 MODULE_LIST = "etc/modules"
+_SCANS_PORTS = b"kata.pci_scan"
 _VERSION = re.compile(rb"kata-agent (\d[0-9A-Za-z.+~-]{0,63})")
 
 
@@ -75,3 +76,10 @@ def agent_version(data: bytes) -> str:
     """The version that the agent prints with ``--version``, found without running it; ``unknown`` if there is none."""
     match = _VERSION.search(data)
     return match[1].decode() if match else "unknown"
+
+
+def scans_ports(data: bytes) -> bool:
+    """Whether the agent finds a share that is plugged into a port, where nothing announces that
+    (``agent/src/pci_scan.rs``): it lists that among its features, which are found without running it.
+    """
+    return _SCANS_PORTS in data

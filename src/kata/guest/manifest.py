@@ -37,6 +37,8 @@ class Guest:
         agent_version: Version of the agent.
         bounces: Whether the kernel lets a virtio-fs device use bounce pages, without which an emulated machine cannot
             have one (``guest/virtio-fs-by-bounce-pages.patch``).
+        scans_ports: Whether the agent finds a share that is plugged into a port, where nothing announces that
+            (`agent/src/pci_scan.rs`).
         content: The whole manifest.
     """
 
@@ -49,6 +51,7 @@ class Guest:
         "kernel",
         "kernel_kind",
         "kernel_version",
+        "scans_ports",
     )
 
     def __init__(self, directory: str, content: dict[str, Any]) -> None:
@@ -61,6 +64,7 @@ class Guest:
         self.kernel_version: str = kernel["version"]
         self.agent_version: str = initrd["agent_version"]
         self.bounces = BOUNCE_PATCH in kernel.get("patches", ())
+        self.scans_ports = initrd.get("scans_ports") is True
 
     def has_extension(self, name: str) -> bool:
         """Whether the guest was built with an extension."""

@@ -117,6 +117,7 @@ class MachineShape:
         taps: How many of them, the last ones, are connected to taps, which take from the guest what it would compute
             for each packet.
         hotplug_nics: How many more it may be given while it runs.
+        scans_ports: The guest's agent finds a share that is plugged into a port, where nothing announces that.
         share: How files of the host are shared: ``virtio-fs``, ``9p``, or empty for not at all.
         console: ``serial`` (from the first message on), ``virtio`` or ``none``.
         prealloc: Allocate the guest's memory before it boots.
@@ -150,6 +151,7 @@ class MachineShape:
         "parameters",
         "prealloc",
         "reclaim",
+        "scans_ports",
         "share",
         "shared_memory",
         "taps",
@@ -172,6 +174,7 @@ class MachineShape:
         nics: int = 0,
         taps: int = 0,
         hotplug_nics: int = 0,
+        scans_ports: bool = False,
         share: str = "",
         console: str = "serial",
         prealloc: bool = False,
@@ -196,6 +199,7 @@ class MachineShape:
         self.nics = nics
         self.taps = taps
         self.hotplug_nics = hotplug_nics
+        self.scans_ports = scans_ports
         self.share = share
         self.console = console
         self.prealloc = prealloc

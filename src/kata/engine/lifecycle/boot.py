@@ -675,6 +675,7 @@ def shape_of(
         nics=nics,
         taps=taps,
         hotplug_nics=hotplug_nics,
+        scans_ports=guest.scans_ports,
         share=share,
         console=hypervisor.console or "serial",
         prealloc=hypervisor.prealloc,

@@ -133,14 +133,15 @@ def hpet_timers(settings: VMSettings) -> int:
 def has_small_acpi(settings: VMSettings) -> bool:
     """Whether the machine is one for which `kata.hypervisor.qemu.acpi` is enough.
 
-    It is emulated, where a guest takes long over the rest; has one processor; nothing is plugged into it by ACPI; and
-    its firmware is the one whose MP table has the interrupts.
+    It is emulated, where a guest takes long over the rest; has one processor; cannot grow; and its firmware is the one
+    whose MP table has the interrupts. Nothing is plugged into it by ACPI: its guest is not told when its share comes,
+    so its agent has to look for that.
     """
     return (
         hpet_timers(settings) > 0
         and settings.vcpus == settings.max_vcpus == 1
         and not settings.hotplug_nics
-        and not settings.late_share
+        and (settings.scans_ports or not settings.late_share)
         and settings.max_memory_mib <= settings.memory_mib
         and settings.machine == "q35"
         and settings.firmware == "qboot.rom"
@@ -377,6 +378,9 @@ def _emulation(settings: VMSettings) -> list[str]:
     parts = ["mitigations=off"]
     if has_small_acpi(settings):
         parts.append("pci=noacpi")
+        if settings.late_share:
+            # Without ACPI the kernel would take the port for its own to manage, and switch an empty slot off.
+            parts += ["pcie_ports=compat", f"agent.pci_scan={slots.SHARE_PATH}"]
     if settings.tsc_khz:
         parts.append(f"tsc_early_khz={settings.tsc_khz}")
     has_another = settings.machine != slots.MICROVM

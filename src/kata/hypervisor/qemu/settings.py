@@ -235,6 +235,11 @@ class VMSettings:
         """MiB of the device by which the guest maps the image in the first slot; 0 where that is a disk."""
         return self.shape.mapped_mib if self.shape is not None else 0
 
+    @property
+    def scans_ports(self) -> bool:
+        """See `kata.hypervisor.base.MachineShape`."""
+        return self.shape is not None and self.shape.scans_ports
+
     def is_readonly(self, index: int) -> bool:
         """Whether the guest cannot write to the disk in a slot, be it there or to come."""
         disk = self.disks[index]

@@ -22,6 +22,8 @@ SHARE = 0x04
 SHARE_PORT = "lateshare"
 """QEMU's name of the PCI Express port in its place in a machine that goes on from a template: the device of a share by
 virtio-fs cannot be saved (QEMU 7.2), so it is plugged in."""
+SHARE_PATH = f"{SHARE:02x}/00"
+"""PCI path of the device in that port."""
 DISKS = (0x05, 0x06, 0x07, 0x08, *range(0x0F, 0x13))
 """Slots of disks; the first `MIN_DISK_SLOTS` are in every machine."""
 MIN_DISK_SLOTS = 4
