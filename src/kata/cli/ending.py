@@ -145,12 +145,17 @@ def stop(container: Container, grace_s: float, *, force: bool = False) -> None:
                 with suppress(AgentError):  # it is late: `wait_for_engine` makes it
                     engine.discard(container.name, TELL_AFTER_S)
                 return
-            if first != kill and _ends_by(engine, container, first, state["status"], grace_s):
-                return
-            # Whatever the guest answers, the engine ends the container.
-            with suppress(AgentError, NotFoundError):
-                engine.kill(container.id, kill, everything=True, timeout=_AFTER_KILL_S)
-            _ends_within(engine, container, _AFTER_KILL_S)
+            ended = first != kill and _ends_by(engine, container, first, state["status"], grace_s)
+            if not ended:
+                # Whatever the guest answers, the engine ends the container.
+                with suppress(AgentError, NotFoundError):
+                    engine.kill(container.id, kill, everything=True, timeout=_AFTER_KILL_S)
+                ended = _ends_within(engine, container, _AFTER_KILL_S)
+            if ended:
+                # The end of the sandbox has begun with that of its container; this is answered at its own. What
+                # `wait_for_engine` takes to learn of it is as much work as the rest of this command.
+                with suppress(AgentError):
+                    engine.shutdown(container.id, now=True, timeout=TELL_AFTER_S)
     except ENDED:
         pass
     finally:

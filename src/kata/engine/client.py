@@ -350,9 +350,9 @@ class EngineClient:
     def connect(self, container_id: str) -> task_pb.ConnectResponse:
         return self._task("Connect", task_pb.ConnectRequest(id=container_id), task_pb.ConnectResponse)
 
-    def shutdown(self, container_id: str, *, now: bool = False) -> None:
-        """Take the sandbox down if it has no containers, or *now*."""
-        self._task("Shutdown", task_pb.ShutdownRequest(id=container_id, now=now), Empty)
+    def shutdown(self, container_id: str, *, now: bool = False, timeout: float | None = None) -> None:
+        """Take the sandbox down if it has no containers, or *now*, and wait for its end, for `timeout` seconds."""
+        self._task("Shutdown", task_pb.ShutdownRequest(id=container_id, now=now), Empty, timeout)
 
     def discard(self, removed: str = "", timeout: float | None = None) -> None:
         """Have the sandbox end at once: what its containers wrote to their own disks is not needed any more.
