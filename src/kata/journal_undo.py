@@ -44,7 +44,7 @@ _END_GRACE_S = 1.0
 _TERM_GRACE_S = 1.0
 _POLL_S = 0.01
 _MOST_HELD = 64
-"""Removed files that wait for their space to be freed, of one call."""
+"""Removed files that wait for their space to be freed, in one list."""
 
 
 def end_and_undo(directory: str, grace_s: float, kill_s: float, undo_s: float = 4.0) -> list[str] | None:

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from kata import journal, journal_undo, paths, sysio
-from kata.cli import ending, listing, records, table
+from kata.cli import ending, lifecycle, listing, records, table
 from kata.engine import client
-from kata.errors import AlreadyExistsError, NotFoundError, UsageError
+from kata.errors import AlreadyExistsError, JournalError, NotFoundError, UsageError
 from kata.proto import task_pb
 
 
@@ -141,6 +141,35 @@ def test_an_engine_that_hangs_is_ended_where_it_is_to_be(
     finally:
         engine.kill()
     assert engine.wait() == -signal.SIGKILL
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it mounts")
+def test_a_removal_that_its_engine_could_not_end_is_told_and_resumed(state: Path, tmp_path: Path) -> None:
+    one = make("one")
+    disk = Path(one.directory, "rw.img")
+    disk.touch()
+    (tmp_path / "other").touch()
+    child = os.fork()
+    if child == 0:  # a mount namespace of its own
+        status = 1
+        try:
+            sysio.unshare(sysio.CLONE_NEWNS)
+            subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+            subprocess.run(["mount", "--bind", tmp_path / "other", disk], check=True)
+            engines = journal.Journal.open(os.path.join(one.directory, "journal"))
+            assert journal_undo.undo(engines)
+            assert records.load(one.id) is None, "its record has gone, and its disk has not"
+            with pytest.raises(JournalError, match="could not be removed completely"):
+                lifecycle.remove(one, force=True)
+            subprocess.run(["umount", disk], check=True)
+            lifecycle.remove(one, force=True)
+            assert not os.path.lexists(one.directory)
+            lifecycle.remove(one, force=True)
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert os.listdir(state / "containers") == []
 
 
 def test_a_discarded_draft_leaves_nothing(state: Path) -> None:

@@ -33,6 +33,7 @@ class Ending:
         self.is_discarded = False
         self.removed_directory = ""
         self.held: list[Any] = []
+        self.removal_told_with: list[list[str]] = []
         self.trace: Any = None
         self.life = Lifecycle("s1")
         self.life.enter(SandboxState.BOOTING)
@@ -73,6 +74,11 @@ class Ending:
             self.note(name)()
 
         return work
+
+    def tell_of_removal(self) -> None:
+        directory = os.path.dirname(os.path.dirname(self.journal.path))
+        if self.removed_directory:
+            self.removal_told_with.append(os.listdir(directory))
 
     async def _run_blocking(self, work: Any, *arguments: Any) -> Any:
         return work(*arguments)
@@ -207,7 +213,10 @@ def test_what_goes_with_the_sandbox_is_undone_before_it(tmp_path: Path) -> None:
         made.removed_directory = str(tmp_path / "container")
         return made
 
-    assert end(sandbox).messages == []
+    ended = end(sandbox)
+    assert ended.messages == []
+    # Told at once: the sandbox's own directory is still there, as it is if the engine is killed then.
+    assert ended.removal_told_with == [["run"]]
     assert os.listdir(tmp_path) == []
 
     def without() -> Ending:

@@ -155,6 +155,7 @@ def test_who_is_stopped_or_hangs_in_the_kernel_is_not_blamed(
     assert not isinstance(blamed.value, StarvedError)
 
 
-def test_an_answer_in_time_costs_no_look() -> None:
+def test_an_answer_in_time_costs_no_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(watch, "cpu_time")
     one = outlasts(2**22 + 1, 60.0, answers_after_s=0.0)
-    assert (one.counted_s, one.starved_s) <= (watch.SLICE_S, 0.0)
+    assert (one.counted_s, one.starved_s) == (0.0, 0.0)

@@ -521,7 +521,7 @@ def test_removed_files_can_be_held_until_their_space_may_be_freed(tmp_path: Path
         fd.close()
 
 
-def test_a_file_that_cannot_be_held_is_removed_all_the_same(tmp_path: Path) -> None:
+def test_files_beyond_those_that_are_held_are_removed_all_the_same(tmp_path: Path) -> None:
     journal = new(tmp_path)
     directory = Path(journal.path).parent
     for number in range(journal_undo._MOST_HELD + 1):

@@ -33,6 +33,14 @@ print("written")
 """
 
 
+def test_the_memory_of_a_process_that_was_not_killed_is_not_released() -> None:
+    with sysio.Fd(os.pidfd_open(os.getpid())) as mine, pytest.raises(OSError, match="Errno") as caught:
+        sysio.process_mrelease(mine.raw)
+    if caught.value.errno == errno.ENOSYS:
+        pytest.skip("Linux before 5.15 has no process_mrelease")
+    assert caught.value.errno == errno.EINVAL
+
+
 def test_a_file_that_does_not_fit_leaves_the_old_one_and_nothing_beside_it(tmp_path: Path) -> None:
     path = tmp_path / "record"
     path.write_bytes(b"old")

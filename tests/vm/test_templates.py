@@ -326,12 +326,12 @@ def test_a_machine_that_did_not_get_to_run_costs_no_template(templates: Kata, bu
     """It is waited for longer, and if that is in vain, its template is not why."""
     kata = templates
     kata.ok("factory", "init", "--network", "none")
-    kata.env["KATA_BOOT_TIMEOUT"] = "7"
+    kata.env["KATA_BOOT_TIMEOUT"] = "9"
     run = ["run", "--rm", "--timings", "--network", "none", busybox_image, "true"]
     start = kata.start(*run)
     pid = hypervisor(kata, start)
     os.kill(pid, signal.SIGSTOP)
-    time.sleep(8)  # if it has answered by then, QEMU has 10 s for its answers
+    time.sleep(9.3)  # if it has answered by then, QEMU has 10 s for its answers
     assert start.poll() is None, start.communicate()[1].decode()
     os.kill(pid, signal.SIGCONT)
     errors = start.communicate(timeout=120)[1].decode()

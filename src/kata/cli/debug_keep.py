@@ -68,8 +68,8 @@ CONFIGURATION = Keep("CONFIGURATION")
 
 _KERNEL_PARAMETERS = words(
     "console quiet panic reboot loglevel debug earlyprintk earlycon nr_cpus maxcpus no_timer_check noapic acpi pci"
-    " noreplace-smp tsc clocksource lpj random.trust_cpu random.trust_bootloader mitigations nokaslr nosmp iommu"
-    " cgroup_no_v1 systemd.unified_cgroup_hierarchy virtio_fs.bounce page_reporting.page_reporting_order rcupdate"
+    " pcie_ports noreplace-smp tsc clocksource lpj random.trust_cpu random.trust_bootloader mitigations nokaslr nosmp"
+    " iommu cgroup_no_v1 systemd.unified_cgroup_hierarchy virtio_fs.bounce page_reporting.page_reporting_order rcupdate"
     " rcu_nocbs idle nowatchdog transparent_hugepage init rdinit root rootfstype ro rw selinux apparmor audit ipv6"
     " agent.log agent.debug_console agent.debug_console_vport agent.log_vport agent.trace agent.container_pipe_size"
     " agent.hotplug_timeout agent.pci_scan agent.server_addr agent.unified_cgroup_hierarchy agent.cdh_api_timeout"

@@ -11,7 +11,7 @@ from kata.cli.args import Command, Option
 from kata.cli.ending import ENDED, stop, wait_for_engine
 from kata.cli.report import REMOVING
 from kata.engine.client import EngineClient
-from kata.errors import KataError, StateError, UsageError
+from kata.errors import JournalError, KataError, StateError, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -323,8 +323,12 @@ def remove(container: Container, force: bool) -> None:
         from kata.cli import session
 
         raise StateError(session.occupied(container), f"try again, or kata rm -f {container.name}")
-    if records.load(container.id) is not None:  # mostly its engine has removed it
-        records.remove(container)
+    if os.path.lexists(container.directory):  # mostly its engine has removed it
+        try:
+            records.remove(container)
+        except JournalError:
+            if os.path.lexists(container.directory):  # otherwise somebody else was quicker
+                raise
     if _is_restarted(container):
         from kata.cli import restart
 

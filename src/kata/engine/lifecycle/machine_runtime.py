@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 LOST_NOTICE_S = 2.0
 """How long a broken agent connection waits for the hypervisor's own account of what happened, in seconds."""
 FILES_NOTICE_S = 0.5
-"""The same of the file server's end: it ends when the hypervisor does, and is reaped first as often as not."""
+"""The same of the file server's end: where the hypervisor alone has its connection, it ends with that, and is reaped
+first as often as not."""
 CLOCK_AFTER_S = 1.0
 """How long after the guest is up its clock is looked at first, in seconds: it was set a moment ago, and a first
 container is on its way."""

@@ -404,11 +404,14 @@ class Sandbox:
             await Teardown(self, grace_s).run()
         finally:
             self.runtime.terminate(VMLostError(f"sandbox {self.id} has ended"))
-            if self.removed_directory and not os.path.lexists(self.removed_directory):
-                named = {"name": self._removed} if self._removed else {}
-                self.life_events.record("container.deleted", container=self.id, **named)
             self.life_events.ended(self.journal.path)
             self.runtime.enter(SandboxState.ENDED)
+
+    def tell_of_removal(self) -> None:
+        """Have it recorded that the container's lasting directory has gone, if it has."""
+        if self.removed_directory and not os.path.lexists(self.removed_directory):
+            named = {"name": self._removed} if self._removed else {}
+            self.life_events.record("container.deleted", container=self.id, **named)
 
     def free_space(self) -> None:
         """Free the space of what was removed at the end. Blocks."""

@@ -73,6 +73,9 @@ if TYPE_CHECKING:
         def removed_directory(self) -> str:
             """The container's lasting directory, if it goes with the sandbox; otherwise empty."""
 
+        def tell_of_removal(self) -> None:
+            """Have it recorded that this directory has gone, if it has."""
+
         @property
         def held(self) -> list[sysio.Fd]:
             """Removed files whose space is freed when nobody waits for the end any more."""
@@ -102,7 +105,7 @@ class Teardown:
         return (
             self.stop_trace,  # before anything: the guest's part is in the guest, and its helper in our cgroup
             self.remove_containers,  # first: what they wrote has to reach their disks
-            self.stop_network_services,  # before the machine, so that nobody is connected to a guest that goes
+            self.stop_network_services,  # before a machine that was not discarded: nobody connects to what goes
             self.give_up_machine,  # from here on every call that waits for the guest ends
             self.leave_cgroup,  # out of what is about to be removed; takes as long as the machine takes to end
             self.hang_up_on_files,  # not before the hypervisor is killed, which would tell of it
@@ -207,24 +210,31 @@ class Teardown:
         await asyncio.gather(*(logger.leave() for logger in self._sandbox.loggers))
 
     async def undo_journals(self) -> None:
-        """Undo what the journals name."""
+        """Undo what the journals name: first the container's lasting one, if it is not to be kept; then the others."""
+        await self._tasks.run_blocking(self._undo_lasting)
+        self._sandbox.tell_of_removal()  # the command, which would do it otherwise, finds nothing any more
         await self._tasks.run_blocking(self._undo)
 
-    def _undo(self) -> None:
-        """First the container's lasting journal, if it is not to be kept; then the sandbox's."""
+    def _undo_lasting(self) -> None:
         from kata import journal_undo
         from kata.errors import JournalError
         from kata.journal import FILE_NAME, Journal
 
-        problems: list[str] = []
         directory = self._sandbox.removed_directory
-        if directory:
-            try:
-                lasting = Journal.open(os.path.join(directory, FILE_NAME))
-                problems += journal_undo.undo(lasting, held=self._sandbox.held)
-            except (JournalError, OSError) as error:
-                problems.append(f"cannot remove {directory}: {error}")
-        problems += journal_undo.undo(self._sandbox.journal, held=self._sandbox.held)
+        if not directory:
+            return
+        try:
+            lasting = Journal.open(os.path.join(directory, FILE_NAME))
+            problems = journal_undo.undo(lasting, held=self._sandbox.held)
+        except (JournalError, OSError) as error:
+            problems = [f"cannot remove {directory}: {error}"]
+        for problem in problems:
+            self._tasks.log(problem)
+
+    def _undo(self) -> None:
+        from kata import journal_undo
+
+        problems = journal_undo.undo(self._sandbox.journal, held=self._sandbox.held)
         waiting = self._runtime.machine.waiting
         if waiting is not None:
             problems += journal_undo.undo(waiting.journal)
