@@ -13,6 +13,7 @@ import sys
 import tarfile
 import tempfile
 import threading
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,7 +25,10 @@ from containerd_support import with_layer  # noqa: E402
 from faults.daemon import BUSYBOX, Daemon  # noqa: E402
 
 IMAGE = ROOT / "build/images/busybox"
+KATA = ["/usr/bin/python3", "-I", "-S", str(ROOT / "src/kata/__main__.py")]
 RUNTIMES = ("kata", "runc")
+TEMPLATE_S = 120.0
+PAUSE_S = 3
 GATEWAY = "10.88.8.1"
 """The host's end of the bridge."""
 TOOLS = "/load"
@@ -167,6 +171,34 @@ class Lab:
         layout = self.directory / "files-image"
         with_layer(IMAGE, layout, layer.getvalue())
         self.daemon.import_image(layout, name, "k8s.io")
+
+    def await_template(self, kata: list[str]) -> bool:
+        """Start pods by kata, one after the other, until there is a template of their machines, from which all further
+        ones go on. The maker has the lowest priority: among many starts none would be made.
+
+        Args:
+            kata: The ``kata`` command of the checkout whose shim the lab has.
+
+        Returns:
+            Whether there is one; never if that checkout has no templates.
+
+        Raises:
+            RuntimeError: A pod did not start.
+            SystemExit: There is none after TEMPLATE_S seconds.
+        """
+        until = time.monotonic() + TEMPLATE_S
+        while time.monotonic() < until:
+            self.start("kata")
+            self.remove_all()
+            status = subprocess.run(
+                [*kata, "factory", "status", "--json"], env=self.daemon.env, capture_output=True, check=False
+            )
+            if status.returncode:
+                return False
+            if json.loads(status.stdout)["templates"]:
+                return True
+            time.sleep(PAUSE_S)
+        raise SystemExit(f"error: no template of a pod's machine after {TEMPLATE_S:g} s")
 
     def remove_all(self) -> None:
         """Remove all pods."""
