@@ -1,7 +1,7 @@
 //! Settings: the kernel command line of the guest, or the arguments of an ordinary process.
 
-use crate::devices::PciPath;
 use crate::log::Level;
+use crate::pci_path::PciPath;
 use crate::prelude::*;
 use crate::server::listen::Address;
 

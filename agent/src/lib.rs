@@ -48,6 +48,7 @@ pub mod network;
 mod oom;
 mod ownership;
 mod paths;
+mod pci_path;
 mod pci_scan;
 mod policy;
 pub mod poller;

@@ -5,8 +5,8 @@
 //! `agent.pci_scan=04/00`. Then the agent has the kernel look at the bus behind the port (`rescan`,
 //! Documentation/ABI/testing/sysfs-bus-pci).
 
-use crate::devices::PciPath;
 use crate::fs;
+use crate::pci_path::PciPath;
 use crate::prelude::*;
 use crate::sys::{self, Errno};
 use crate::uevent::hotplug_timeout_ms;
