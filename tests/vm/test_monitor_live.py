@@ -91,5 +91,5 @@ def test_a_sandbox_from_its_start_to_its_end(kata_env: Kata, busybox_image: str)
         kata_env.ok("rm", "-f", NAME)
         until(lambda: one.get("/sandboxes").text == "", "it has gone")
         kept = [event["event"] for event in one.get("/api/v1/events").json["events"]]
-        # The engine tells of its end, and whoever removed the container of that.
-        assert kept[-2:] == ["sandbox.ended", "container.deleted"]
+        # The engine, which removes the container, tells of that and of its own end.
+        assert kept[-2:] == ["container.deleted", "sandbox.ended"]
