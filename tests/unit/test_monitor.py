@@ -405,7 +405,8 @@ def test_who_does_not_wait_for_an_answer_is_no_fault(engines: Engines) -> None:
             told.clear()
             asked.clear()
         log = one.log.read_text()
-        assert log.count("answer was not taken") >= 2, log
+        # A busy host may have sent one before it learns of that.
+        assert "answer was not taken" in log, log
         assert "level=error" not in log
 
 
