@@ -26,6 +26,7 @@ from monitor_support import (
     ROOT,
     Engines,
     Monitor,
+    Peer,
     Stream,
     cut_off,
     drips,
@@ -344,21 +345,38 @@ def test_it_ends_at_once_and_says_when_it_is_ready(engines: Engines, tmp_path: P
         stream.close()
 
 
+class Late:
+    """An engine that answers nothing until it is told to.
+
+    Args:
+        answers: How it does then.
+        after_s: How much later that is.
+
+    Attributes:
+        asked: How many questions there were.
+        told: Set when it may answer.
+    """
+
+    def __init__(self, answers: Peer, after_s: float = 0.0) -> None:
+        self.asked = 0
+        self.told = threading.Event()
+        self._answers = answers
+        self._after_s = after_s
+
+    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.asked += 1
+        while not self.told.is_set():
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(self._after_s)
+        await self._answers(reader, writer)
+
+
 @pytest.mark.parametrize("answers", ["in time", "late"])
 def test_it_ends_well_in_the_middle_of_a_scrape(engines: Engines, answers: str) -> None:
     """The scrape is answered with what comes in time, or is given up; neither is a fault that its log tells of."""
-    asked: list[str] = []
-    told = threading.Event()
-
-    async def waits(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        asked.append("")
-        while not told.is_set():
-            await asyncio.sleep(0.02)
-        await asyncio.sleep(0.3 if answers == "in time" else PATIENCE_S)
-        await says(exposition(1))(reader, writer)
-
+    late = Late(says(exposition(1)), 0.3 if answers == "in time" else PATIENCE_S)
     for number in range(8):
-        engines.add(f"s{number}", waits)
+        engines.add(f"s{number}", late)
     found: list[str] = []
 
     def scrape() -> None:
@@ -368,9 +386,9 @@ def test_it_ends_well_in_the_middle_of_a_scrape(engines: Engines, answers: str) 
     with monitor(engines.run_directory, "--timeout", "90") as one:
         scraping = threading.Thread(target=scrape)
         scraping.start()
-        until(lambda: len(asked) == 8, "8 questions")
+        until(lambda: late.asked == 8, "8 questions")
         one.process.send_signal(signal.SIGTERM)
-        told.set()
+        late.told.set()
         assert one.process.wait(PATIENCE_S) == 0, one.log.read_text()
         scraping.join(PATIENCE_S)
     assert len(found) == (answers == "in time")
@@ -382,28 +400,20 @@ def test_it_ends_well_in_the_middle_of_a_scrape(engines: Engines, answers: str) 
 
 def test_who_does_not_wait_for_an_answer_is_no_fault(engines: Engines) -> None:
     """A scraper, or a page, that is gone before its answer begins."""
-    asked: list[str] = []
-    told = threading.Event()
-
-    async def waits(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        asked.append("")
-        while not told.is_set():
-            await asyncio.sleep(0.02)
-        await says(exposition(1), document=state("s0"))(reader, writer)
-
-    engines.add("s0", waits)
+    late = Late(says(exposition(1), document=state("s0")))
+    engines.add("s0", late)
     with monitor(engines.run_directory, "--timeout", "20") as one:
         targets = ("/metrics", "/metrics?sandbox=s0", "/api/v1/sandboxes/s0", "/api/v1/sandboxes/s0/console")
         for target in targets:
             with socket.create_connection(("127.0.0.1", one.port)) as client:
                 client.sendall(f"GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
-                until(lambda: asked, "the question")
+                until(lambda: late.asked, "the question")
             time.sleep(0.1)  # it learns that
-            told.set()
+            late.told.set()
             until(lambda: one.get("/healthz").status == 200, "the next answer")
             assert one.get(target).status == 200
-            told.clear()
-            asked.clear()
+            late.told.clear()
+            late.asked = 0
         log = one.log.read_text()
         # A busy host may have sent one before it learns of that.
         assert "answer was not taken" in log, log

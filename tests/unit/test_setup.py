@@ -13,6 +13,18 @@ SETUP = Path(__file__).resolve().parents[2] / "tools/setup"
 _ONLY_FUNCTIONS = "/^[a-z_]*() {/,/^}/p; /^temporary=/p"
 
 
+def bash(script: str, temporary: Path) -> subprocess.CompletedProcess[str]:
+    """How a script ends whose temporary files are in that directory."""
+    return subprocess.run(
+        ["bash", "-c", script],
+        env={**os.environ, "TMPDIR": str(temporary)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
 @pytest.mark.parametrize("ending", ["exit 0", "exit 7", "kill $$"])
 def test_a_step_leaves_no_temporary_directory(tmp_path: Path, ending: str) -> None:
     """Whether what it calls succeeds, fails or is killed."""
@@ -29,14 +41,7 @@ def test_a_step_leaves_no_temporary_directory(tmp_path: Path, ending: str) -> No
         f"logs={tmp_path}/logs tty=0 root={tmp_path}; say() {{ :; }}; ticking=''; ticker() {{ :; }}\n"
         f"optional_step build build_virtiofsd {tmp_path}/made && echo made || echo skipped"
     )
-    done = subprocess.run(
-        ["bash", "-c", script],
-        env={**os.environ, "TMPDIR": str(work)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = bash(script, work)
     assert done.stdout.strip() == ("made" if ending == "exit 0" else "skipped"), done.stderr
     assert os.listdir(work) == []
     assert (tmp_path / "made/virtiofsd").exists() == (ending == "exit 0")
@@ -50,14 +55,7 @@ def test_what_goes_on_aside_is_shown_and_counts(tmp_path: Path, status: int) -> 
         f"build() {{ step 'build it' said {status}; }}\n"
         "aside build; say foreground; joined; say after"
     )
-    done = subprocess.run(
-        ["bash", "-c", script],
-        env={**os.environ, "TMPDIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = bash(script, tmp_path)
     first, second, *more = done.stderr.splitlines()
     assert first == "foreground"
     if status:
